@@ -1,0 +1,88 @@
+"""The command line: one file a command, each parses, calls and prints.
+
+``main`` turns every :class:`~pipeline.errors.TlpipeError` into one message and an exit code.
+A command's module is imported only when it runs, and heavy libraries only inside it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+from pipeline import __version__
+from pipeline.errors import EXIT_INTERRUPTED, TlpipeError
+
+COMMANDS = {
+    "demo": "See the whole flow on a small built-in data set.",
+    "extract": "Embed images with a frozen backbone into a feature store.",
+    "fit-head": "Fit a classifier head on stored features.",
+    "predict": "Classify new images with a fitted head.",
+    "inspect": "Show what a feature store or a run holds.",
+    "ls": "List the stores and runs in the cache.",
+    "backbones": "List the backbones that can be used.",
+}
+
+
+class LazyGroup(click.Group):
+    """Lists commands from a table and imports one only to run it or show its help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every command, in the order in which they are usually needed."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import one command."""
+        if name not in COMMANDS:
+            return None
+        module = import_module(f"pipeline.commands.{name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tlpipe")
+def cli() -> None:
+    """Pay for the backbone once, then everything else is cheap.
+
+    Embed a folder of images with a frozen network, once; then fit, compare and use
+    classifier heads on the stored features in seconds.
+
+    \b
+    First steps:
+      tlpipe demo                          see it work, no download needed
+      tlpipe extract photos/               class-per-folder images -> a feature store
+      tlpipe fit-head cache/photos/…       features -> a head, scored on held-out images
+      tlpipe predict runs/… new.jpg        what is in a new image
+
+    \b
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but some samples were skipped,
+    4 bad data or store, 5 out of a resource, 6 locked by another process, 130 interrupted.
+    """
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except TlpipeError as error:
+        click.echo(f"Error: {error}", err=True)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted.", err=True)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone: not a failure, and nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)

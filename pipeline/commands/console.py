@@ -1,0 +1,158 @@
+"""What commands print, and where: results to stdout, everything else to stderr.
+
+``--json`` prints exactly one JSON document on stdout; ``--quiet`` silences stderr but for errors.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def output_options(function: F) -> F:
+    """Add ``--json`` and ``--quiet``; the command receives ``as_json`` and ``quiet``."""
+    function = click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON document on stdout."
+    )(function)
+    return click.option("--quiet", is_flag=True, help="Print nothing on stderr but errors.")(
+        function
+    )
+
+
+class Console:
+    """One command's voice.
+
+    Args:
+        as_json: results are collected by the caller and printed once with :meth:`document`.
+        quiet: notes and progress are not shown.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+
+    def note(self, text: str) -> None:
+        """Tell something in passing, on stderr."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def result(self, text: str = "") -> None:
+        """Print a line of the result on stdout; nothing where JSON was asked for."""
+        if not self.as_json:
+            click.echo(text)
+
+    def document(self, value: Any) -> None:
+        """Print the one JSON document of ``--json``; nothing otherwise."""
+        if self.as_json:
+            click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+    def next_steps(self, commands: Iterable[str]) -> None:
+        """Name the next commands to try, on stderr."""
+        self.note("\nNext:")
+        for command in commands:
+            self.note(f"  {command}")
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
+        """Print aligned columns on stdout; text from data is shown as it is, never as markup."""
+        if self.as_json:
+            return
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console as RichConsole
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+        for column in columns:
+            table.add_column(Text(column), overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console = RichConsole(file=sys.stdout, highlight=False)
+        if not console.is_terminal:
+            console.width = 200
+        console.print(table)
+
+
+class Progress:
+    """Progress of ``total`` samples on stderr: a bar in a terminal, a plain line every 10 s else.
+
+    Use as a context manager and call :meth:`advance` as samples finish.
+    """
+
+    PLAIN_INTERVAL_SECONDS = 10.0
+
+    def __init__(
+        self, label: str, total: int, *, quiet: bool = False, unit: str = "images"
+    ) -> None:
+        self.label = label
+        self.total = total
+        self.unit = unit
+        self.quiet = quiet
+        self.done = 0
+        self._bar: Any = None
+        self._started = self._last_line = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if not self.quiet and sys.stderr.isatty():
+            from rich import progress
+            from rich.console import Console as RichConsole
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[rate]}"),
+                progress.TimeRemainingColumn(),
+                console=RichConsole(file=sys.stderr),
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.label, total=self.total, rate="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, n: int) -> None:
+        """``n`` more samples are done."""
+        self.done += n
+        now = time.monotonic()
+        rate = self.done / max(now - self._started, 1e-9)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, rate=f"{rate:.0f} {self.unit}/s")
+        elif not self.quiet and now - self._last_line >= self.PLAIN_INTERVAL_SECONDS:
+            self._last_line = now
+            left_seconds = (self.total - self.done) / max(rate, 1e-9)
+            click.echo(
+                f"{self.label}: {self.done:,} of {self.total:,} {self.unit}, "
+                f"{rate:.0f}/s, {format_seconds(left_seconds)} left",
+                err=True,
+            )
+
+
+def format_seconds(seconds: float) -> str:
+    """``75.2`` -> ``"1 min 15 s"``; tenths below ten seconds."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_bytes(size_bytes: float) -> str:
+    """``2_400_000`` -> ``"2.4 MB"`` (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} TB"

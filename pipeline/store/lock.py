@@ -1,0 +1,69 @@
+"""One writer at a time, by an operating-system lock that ends with the process that holds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+
+import filelock
+
+from pipeline.errors import LockedError, StoreError
+from pipeline.store.durable import write_error
+
+LOCK_FILE = "store.lock"
+HOLDER_FILE = "writer.json"
+
+
+class WriterLock:
+    """The right to write to one store; taken by :meth:`acquire`, given back by :meth:`release`.
+
+    The lock itself is the kernel's, so a killed holder never blocks anyone. ``writer.json`` only
+    says who holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = filelock.FileLock(folder / LOCK_FILE)
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            LockedError: another process has it; the message names the process.
+            StoreError: the folder cannot be written to, or its file system has no locks.
+        """
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise LockedError(
+                f"{self._folder} is being written by {self._holder()}.\n"
+                "  Wait until it is done, or stop that process; reading is possible at any time."
+            ) from None
+        except NotImplementedError:
+            raise StoreError(
+                f"The file system of {self._folder} has no file locks, so two writers could not "
+                "be kept apart.\n  Keep the store on a local disk: --cache FOLDER."
+            ) from None
+        except OSError as error:
+            raise write_error(self._folder / LOCK_FILE, error) from error
+        holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        (self._folder / HOLDER_FILE).write_text(json.dumps(holder), encoding="utf-8")
+
+    def release(self) -> None:
+        """Give the lock back."""
+        (self._folder / HOLDER_FILE).unlink(missing_ok=True)
+        self._lock.release()
+
+    def _holder(self) -> str:
+        try:
+            holder = json.loads((self._folder / HOLDER_FILE).read_text(encoding="utf-8"))
+            return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process"

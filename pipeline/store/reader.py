@@ -1,0 +1,277 @@
+"""Reading a store: ids, labels, splits and features, aligned, as of one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import CorruptStoreError, StoreFormatError, UnknownNameError, UsageError
+from pipeline.store.manifest import FileInfo, Manifest, read_manifest
+from pipeline.store.shard import open_features
+from pipeline.store.state import check_file, load_table, shard_path
+from pipeline.store.table import SPLIT_NAMES, SampleTable, Status
+
+Indices = NDArray[np.intp]
+
+_SNAPSHOT_TRIES = 20
+
+
+def open_store(path: str | Path) -> Store:
+    """Open a feature store for reading; possible at any time, also while it is being written.
+
+    Raises:
+        StoreError: there is no store, or it is damaged or of another format.
+    """
+    return Store(Path(path))
+
+
+class Store:
+    """A consistent snapshot of one feature store.
+
+    Every method that takes ``split`` returns the samples of that split which have features, in the
+    data source's order: ids, labels and features of one split are aligned.
+
+    Attributes:
+        path: the store's folder.
+        manifest: what ``store.json`` held when the store was opened.
+        table: the samples table, failed and pending samples included.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest, self.table = _snapshot(path)
+        self._shards = {shard.number: shard for shard in self.manifest.shards}
+        self._checked: set[int] = set()
+        self._check_places()
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}, n_samples={len(self)}, layers={list(self.layers)})"
+
+    def __len__(self) -> int:
+        return self.table.count(Status.OK)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Everything that decides a feature's value."""
+        return self.manifest.recipe
+
+    @property
+    def key(self) -> str:
+        """sha256 of the recipe."""
+        return self.manifest.key
+
+    @property
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one sample's features by layer: (n_features,), or (C, H, W) for maps."""
+        return {name: layer.shape for name, layer in self.manifest.layers.items()}
+
+    @property
+    def n_views(self) -> int:
+        """Views a sample; view 0 is the plain one."""
+        return self.manifest.n_views
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """Names of the label columns."""
+        return tuple(self.table.labels)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """name, spec, root, layout and split_origin of the data source."""
+        return self.manifest.source
+
+    @property
+    def split_origin(self) -> str:
+        """How the splits came about."""
+        return str(self.source.get("split_origin", ""))
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why a sample has no features, by id."""
+        failed = np.flatnonzero(self.table.statuses == Status.FAILED)
+        return {self.table.ids[i]: self.table.reasons.get(int(i), "") for i in failed}
+
+    def ids(self, split: str | None = None) -> list[str]:
+        """Sample ids."""
+        return [self.table.ids[i] for i in self._indices(split)]
+
+    def labels(self, column: str | None = None, split: str | None = None) -> NDArray[np.object_]:
+        """(n,) labels as str, None where missing.
+
+        Args:
+            column: label column; may be left out where there is one, or one named "label".
+            split: "train", "val", "test" or None for all samples.
+
+        Raises:
+            UsageError: the store has no labels, or no such column.
+        """
+        return self.table.labels[self._column(column)].decode(self._indices(split))
+
+    def splits(self, split: str | None = None) -> NDArray[np.str_]:
+        """(n,) split of each sample, "" for none."""
+        return np.array(SPLIT_NAMES)[self.table.splits[self._indices(split)]]
+
+    def digests(self, split: str | None = None) -> NDArray[np.str_]:
+        """(n,) sha256 of each sample's bytes, 64 hex digits; equal for identical images."""
+        digests = self.table.digests[self._indices(split)]
+        return np.array([digest.tobytes().hex() for digest in digests], dtype="U64")
+
+    def features(
+        self,
+        split: str | None = None,
+        layers: Sequence[str] | None = None,
+        *,
+        view: int = 0,
+    ) -> FeatureArray:
+        """Features of several layers side by side, read when they are indexed.
+
+        Args:
+            split: "train", "val", "test" or None for all samples.
+            layers: names of layers; None for all of them.
+            view: 0 is the plain view.
+
+        Returns:
+            (n, n_features) lazily; one unpooled layer alone gives (n, C, H, W).
+
+        Raises:
+            UsageError: there is no such split, layer or view.
+        """
+        names = list(self.layers) if layers is None else list(layers)
+        for name in names:
+            if name not in self.layers:
+                raise UnknownNameError("layer", name, self.layers, f"{self.path} holds no other.")
+        if not 0 <= view < self.n_views:
+            raise UsageError(f"There is no view {view}: {self.path} holds {self.n_views}.")
+        maps = [name for name in names if len(self.layers[name]) != 1]
+        if maps and len(names) > 1:
+            raise UsageError(
+                f"Layer {maps[0]!r} holds maps of shape {self.layers[maps[0]]}, which cannot stand "
+                "beside other layers. Ask for one layer at a time."
+            )
+        return FeatureArray(self, self._indices(split), names, view)
+
+    def _column(self, column: str | None) -> str:
+        columns = self.label_columns
+        if column is not None:
+            if column not in columns:
+                raise UnknownNameError("label column", column, columns)
+            return column
+        if "label" in columns:
+            return "label"
+        if len(columns) == 1:
+            return columns[0]
+        if not columns:
+            raise UsageError(f"{self.path} has no labels.")
+        raise UsageError(f"Say which label column: {', '.join(columns)}.")
+
+    def _indices(self, split: str | None) -> Indices:
+        ready = self.table.ready
+        if split is None:
+            return ready
+        if split not in SPLIT_NAMES:
+            raise UnknownNameError("split", split, SPLIT_NAMES[1:])
+        chosen: Indices = ready[self.table.splits[ready] == SPLIT_NAMES.index(split)]
+        return chosen
+
+    def _check_places(self) -> None:
+        """Every sample that has features must point to a row that exists."""
+        ready = self.table.ready
+        shards, rows = self.table.shards[ready], self.table.rows[ready]
+        n_rows = np.zeros(max(self._shards, default=0) + 1, np.int64)
+        for shard in self.manifest.shards:
+            n_rows[shard.number] = shard.n
+        exists = (shards >= 0) & (shards < len(n_rows)) & (rows >= 0)
+        if not (exists.all() and (rows < n_rows[shards]).all()):
+            raise StoreFormatError(
+                f"{self.path}: the samples table points to a row that no shard holds."
+            )
+
+    def _read_rows(
+        self, number: int, rows: Indices, layers: Sequence[str], view: int
+    ) -> list[NDArray[np.floating]]:
+        """(n, ...) of each layer from one shard, whose bytes are checked when first used."""
+        shard: FileInfo = self._shards[number]
+        path = shard_path(self.path, shard)
+        if number not in self._checked:
+            check_file(path, shard)
+            self._checked.add(number)
+        first, last = int(rows.min()), int(rows.max())
+        with open_features(path, shard, self.manifest) as datasets:
+            return [datasets[name][first : last + 1, view][rows - first] for name in layers]
+
+
+class FeatureArray:
+    """Features of some samples that behave like an (n, n_features) array and are read on demand.
+
+    Index the first axis with an integer, a slice, an index array or a mask to get a numpy array;
+    ``np.asarray`` reads everything. Values have the dtype of the store.
+    """
+
+    def __init__(self, store: Store, indices: Indices, layers: list[str], view: int) -> None:
+        self._store = store
+        self._indices = indices
+        self._view = view
+        self.layers = layers
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, n_features), or (n, C, H, W) for one unpooled layer."""
+        shapes = [self._store.layers[name] for name in self.layers]
+        if len(shapes) == 1:
+            return (len(self), *shapes[0])
+        return (len(self), sum(shape[0] for shape in shapes))
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The widest dtype of the layers."""
+        layers = self._store.manifest.layers
+        return np.result_type(*(np.dtype(layers[name].dtype) for name in self.layers))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __array__(
+        self, dtype: np.dtype[Any] | None = None, copy: bool | None = None
+    ) -> NDArray[Any]:
+        values = self[:]
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+    def __getitem__(self, key: Any) -> NDArray[Any]:
+        if isinstance(key, tuple):
+            one_row = isinstance(key[0], int | np.integer)
+            return self[key[0]][key[1:] if one_row else (slice(None), *key[1:])]
+        if isinstance(key, int | np.integer):
+            row: NDArray[Any] = self[[int(key)]][0]
+            return row
+        table = self._store.table
+        chosen = self._indices[key]
+        out = np.empty((len(chosen), *self.shape[1:]), self.dtype)
+        shards, rows = table.shards[chosen], table.rows[chosen].astype(np.intp)
+        order = np.argsort(shards, kind="stable")
+        stops = np.flatnonzero(np.diff(shards[order])) + 1
+        for here in np.split(order, stops) if len(order) else []:
+            number = int(shards[here[0]])
+            parts = self._store._read_rows(number, rows[here], self.layers, self._view)
+            out[here] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        return out
+
+
+def _snapshot(path: Path) -> tuple[Manifest, SampleTable]:
+    """A manifest and its table; read again where a writer replaced the table in between."""
+    for _ in range(_SNAPSHOT_TRIES):
+        manifest = read_manifest(path)
+        try:
+            return manifest, load_table(path, manifest)
+        except CorruptStoreError:
+            if read_manifest(path).samples == manifest.samples:
+                raise
+    raise CorruptStoreError(f"{path} is rewritten faster than it can be read.")

@@ -1,0 +1,80 @@
+"""The samples table as it stands: the last one written, brought up to date by the shards' logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import CorruptStoreError
+from pipeline.store.key import file_sha256
+from pipeline.store.manifest import FileInfo, Manifest
+from pipeline.store.samples_file import read_samples_file
+from pipeline.store.shard import LogEntry, read_log
+from pipeline.store.table import SampleTable
+
+SHARD_FOLDER = "shards"
+
+
+def shard_path(folder: Path, shard: FileInfo) -> Path:
+    """Where a shard is."""
+    return folder / SHARD_FOLDER / shard.file
+
+
+def check_file(path: Path, info: FileInfo) -> None:
+    """Compare a file with what was recorded of it when it was committed.
+
+    Raises:
+        CorruptStoreError: it is missing or differs.
+    """
+    try:
+        size_bytes = path.stat().st_size
+        intact = size_bytes == info.size_bytes and file_sha256(path) == info.sha256
+    except OSError as error:
+        raise CorruptStoreError(f"{path} cannot be read ({error.strerror}).") from error
+    if not intact:
+        raise CorruptStoreError(
+            f"{path} does not hold the bytes that were committed ({size_bytes:,} bytes on disk, "
+            f"{info.size_bytes:,} recorded, or another sha256).\n"
+            "  It was damaged or changed from outside. Move the store aside and run the same "
+            "`tlpipe extract` again, or restore the file from a backup."
+        )
+
+
+def load_table(folder: Path, manifest: Manifest) -> SampleTable:
+    """Read the samples table and apply every log that is not yet part of it.
+
+    Raises:
+        StoreError: a file is missing, damaged or not what it should be.
+    """
+    if manifest.samples is None:
+        raise CorruptStoreError(f"{folder} has no samples table.")
+    path = folder / manifest.samples.file
+    check_file(path, manifest.samples)
+    table = read_samples_file(path, manifest.samples.n)
+    unfolded = [shard for shard in manifest.shards if shard.number > manifest.folded]
+    if unfolded:
+        index = {sample_id: i for i, sample_id in enumerate(table.ids)}
+        for shard in unfolded:
+            check_file(shard_path(folder, shard), shard)
+            apply_log(table, index, read_log(shard_path(folder, shard)))
+    return table
+
+
+def apply_log(table: SampleTable, index: Mapping[str, int], log: Iterable[LogEntry]) -> None:
+    """Write what the log says into the table; samples that it no longer lists are passed over."""
+    for entry in log:
+        i = index.get(entry.id)
+        if i is None:
+            continue
+        table.digests[i] = np.frombuffer(entry.digest, np.uint8)
+        table.sizes[i] = entry.size_bytes
+        table.mtimes[i] = entry.mtime_ns
+        table.statuses[i] = entry.status
+        table.shards[i] = entry.shard
+        table.rows[i] = entry.row
+        if entry.reason:
+            table.reasons[i] = entry.reason
+        else:
+            table.reasons.pop(i, None)

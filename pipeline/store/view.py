@@ -1,0 +1,86 @@
+"""``features.h5``: every feature, id, label and split of a store for plain h5py, without copies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.store.durable import write_durably
+from pipeline.store.hdf5 import build_file
+from pipeline.store.key import canonical_json
+from pipeline.store.manifest import LayerInfo, Manifest
+from pipeline.store.shard import feature_shape
+from pipeline.store.state import SHARD_FOLDER
+from pipeline.store.table import SPLIT_NAMES, SampleTable
+
+VIEW_FILE = "features.h5"
+KIND = "tlpipe-view"
+
+# A virtual data set is a list of runs; past this many, HDF5 takes longer to open it than to read.
+MAX_RUNS = 50_000
+
+
+def write_view(folder: Path, manifest: Manifest, table: SampleTable) -> None:
+    """Write ``features.h5``; it is removed where it would need too many runs to be useful."""
+    ready = table.ready
+    runs = _runs(table.shards[ready], table.rows[ready])
+    if len(runs) > MAX_RUNS:
+        (folder / VIEW_FILE).unlink(missing_ok=True)
+        return
+
+    def fill(file: h5py.File) -> None:
+        file.attrs["key"] = manifest.key
+        file.attrs["recipe"] = canonical_json(manifest.recipe).decode()
+        text = h5py.string_dtype()
+        file.create_dataset("id", data=[table.ids[i] for i in ready], dtype=text, shape=ready.shape)
+        names = np.array(SPLIT_NAMES, dtype=object)
+        file.create_dataset("split", data=names[table.splits[ready]], dtype=text)
+        for name, column in table.labels.items():
+            labels = ["" if label is None else label for label in column.decode(ready)]
+            file.create_dataset(f"label/{name}", data=labels, dtype=text, shape=ready.shape)
+        features = file.create_group("features", track_order=True)
+        for name, layer in manifest.layers.items():
+            layout = _layout(manifest, name, layer, runs, len(ready))
+            features.create_virtual_dataset(name, layout)
+
+    write_durably(folder / VIEW_FILE, build_file(KIND, fill))
+
+
+def _runs(shards: NDArray[np.int32], rows: NDArray[np.int32]) -> list[tuple[int, int, int, int]]:
+    """(start, stop, shard, first row) of each stretch of samples whose rows follow each other."""
+    if not len(shards):
+        return []
+    breaks = np.flatnonzero((np.diff(shards) != 0) | (np.diff(rows) != 1)) + 1
+    starts = np.concatenate([[0], breaks])
+    stops = np.concatenate([breaks, [len(shards)]])
+    return [
+        (int(start), int(stop), int(shards[start]), int(rows[start]))
+        for start, stop in zip(starts, stops, strict=True)
+    ]
+
+
+def _layout(
+    manifest: Manifest,
+    name: str,
+    layer: LayerInfo,
+    runs: list[tuple[int, int, int, int]],
+    n_samples: int,
+) -> h5py.VirtualLayout:
+    layout = h5py.VirtualLayout(
+        shape=feature_shape(n_samples, manifest, layer), dtype=np.dtype(layer.dtype)
+    )
+    sources = {
+        shard.number: h5py.VirtualSource(
+            f"{SHARD_FOLDER}/{shard.file}",
+            f"features/{name}",
+            shape=feature_shape(shard.n, manifest, layer),
+            dtype=np.dtype(layer.dtype),
+        )
+        for shard in manifest.shards
+    }
+    for start, stop, number, row in runs:
+        layout[start:stop] = sources[number][row : row + stop - start]
+    return layout

@@ -1,0 +1,241 @@
+"""Writing a store: rows are gathered, written as an immutable shard, then acknowledged."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import MismatchError
+from pipeline.store.durable import TEMPORARY_SUFFIX, write_durably, write_error
+from pipeline.store.key import recipe_key
+from pipeline.store.lock import WriterLock
+from pipeline.store.manifest import FileInfo, LayerInfo, Manifest, is_store, read_manifest
+from pipeline.store.samples_file import samples_file_bytes
+from pipeline.store.shard import LogEntry, read_digests, shard_bytes
+from pipeline.store.state import SHARD_FOLDER, apply_log, check_file, load_table, shard_path
+from pipeline.store.table import SampleTable, Status
+from pipeline.store.view import VIEW_FILE, write_view
+
+SHARD_BYTES = 64_000_000
+SHARD_ROWS = 8192
+COMMIT_SECONDS = 20.0
+
+
+class StoreWriter:
+    """The one writer of a store; use as a context manager.
+
+    What was added is acknowledged, and never lost again, once :meth:`commit` has returned. Rows
+    are committed by themselves when a shard is full or ``commit_seconds`` have passed.
+
+    Args:
+        folder: the store; made if it is missing.
+        recipe: everything that decides a feature's value.
+        layers: what each row holds.
+        source: name, spec, root, layout and split_origin of the data source.
+        n_views: views a sample.
+        provenance: versions, device and the like.
+        shard_rows: rows after which a shard is full.
+        commit_seconds: time after which what was added is committed.
+
+    Raises:
+        LockedError: another process writes to this store.
+        MismatchError: the folder holds features of another recipe.
+        StoreError: the folder cannot be written to, or holds a damaged store.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: dict[str, Any],
+        layers: Mapping[str, LayerInfo],
+        source: dict[str, Any],
+        *,
+        n_views: int = 1,
+        provenance: dict[str, Any] | None = None,
+        shard_rows: int = SHARD_ROWS,
+        commit_seconds: float = COMMIT_SECONDS,
+    ) -> None:
+        self.folder = folder
+        self._new = Manifest(
+            key=recipe_key(recipe),
+            recipe=recipe,
+            layers=dict(layers),
+            n_views=n_views,
+            source=source,
+            provenance=provenance or {},
+        )
+        self._shard_rows = shard_rows
+        self._commit_seconds = commit_seconds
+        self._digests: list[bytes] = []
+        self._features: list[Mapping[str, NDArray[np.floating]]] = []
+        self._pending_bytes = 0
+        self._log: list[LogEntry] = []
+        self._row_of_digest: dict[bytes, tuple[int, int]] | None = None
+        self._last_commit = time.monotonic()
+
+    def __enter__(self) -> StoreWriter:
+        try:
+            (self.folder / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.folder / SHARD_FOLDER, error) from error
+        self._lock = WriterLock(self.folder)
+        self._lock.acquire()
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def _open(self) -> None:
+        self.manifest = self._new
+        self.table: SampleTable | None = None
+        if is_store(self.folder):
+            found = read_manifest(self.folder)
+            if found.key != self._new.key:
+                raise MismatchError(
+                    f"{self.folder} holds features of recipe {found.key[:8]}…, but this run's is "
+                    f"{self._new.key[:8]}….\n  Nothing was overwritten."
+                )
+            self.table = load_table(self.folder, found)
+            self.manifest = replace(found, source=self._new.source, provenance=self._new.provenance)
+        self._index = self._index_table()
+        self._sweep()
+
+    def _index_table(self) -> dict[str, int]:
+        ids = [] if self.table is None else self.table.ids
+        return {sample_id: i for i, sample_id in enumerate(ids)}
+
+    def begin(self, table: SampleTable) -> None:
+        """Make ``table`` the samples of the store; features that it does not point to are hidden.
+
+        Args:
+            table: of the data source as it is now, with what is still valid carried over.
+        """
+        if self.table is None or not table.equals(self.table) or self._unfolded():
+            self._write_table(table)
+
+    def find(self, digest: bytes) -> tuple[int, int] | None:
+        """(shard number, row) of the features of these image bytes; None where there are none."""
+        if self._row_of_digest is None:
+            self._row_of_digest = {}
+            for shard in self.manifest.shards:
+                path = shard_path(self.folder, shard)
+                check_file(path, shard)
+                for row, known in enumerate(read_digests(path, shard)):
+                    self._row_of_digest[known] = (shard.number, row)
+        return self._row_of_digest.get(digest)
+
+    def add(self, entry: LogEntry, features: Mapping[str, NDArray[np.floating]]) -> None:
+        """Add a sample with its features.
+
+        Args:
+            entry: id, digest, size, time and note; its place is filled in here.
+            features: (n_views, ...) by layer, finite, of the layer's shape and dtype.
+        """
+        place = (self._next_number, len(self._digests))
+        self._digests.append(entry.digest)
+        self._features.append(features)
+        self._pending_bytes += sum(values.nbytes for values in features.values())
+        self.find(entry.digest)
+        assert self._row_of_digest is not None
+        self._row_of_digest[entry.digest] = place
+        self._log.append(replace(entry, status=Status.OK, shard=place[0], row=place[1]))
+        full = len(self._digests) >= self._shard_rows or self._pending_bytes >= SHARD_BYTES
+        if full or time.monotonic() - self._last_commit >= self._commit_seconds:
+            self.commit()
+
+    def link(self, entry: LogEntry) -> None:
+        """Add a sample whose bytes are embedded already, under this or another id.
+
+        Raises:
+            KeyError: no row has the entry's digest.
+        """
+        place = self.find(entry.digest)
+        if place is None:
+            raise KeyError(entry.digest.hex())
+        self._log.append(replace(entry, status=Status.OK, shard=place[0], row=place[1]))
+
+    def fail(self, entry: LogEntry) -> None:
+        """Record that a sample has no features, and why."""
+        self._log.append(replace(entry, status=Status.FAILED, shard=-1, row=-1))
+
+    def commit(self) -> None:
+        """Acknowledge everything added so far: it survives whatever comes."""
+        self._last_commit = time.monotonic()
+        if not self._digests:
+            return
+        features = {
+            name: np.stack([row[name] for row in self._features]) for name in self.manifest.layers
+        }
+        data = shard_bytes(self.manifest.key, self._digests, features, self._log)
+        shard = _file_info(f"{self._next_number:06d}.h5", data, len(self._digests))
+        write_durably(shard_path(self.folder, shard), data)
+        self.manifest = self.manifest.with_shard(shard)
+        self.manifest.write(self.folder)
+        self._apply_log()
+        self._digests, self._features, self._pending_bytes = [], [], 0
+
+    def finish(self) -> None:
+        """Commit, fold all logs into the samples table, and renew the ``features.h5`` view."""
+        self.commit()
+        changed = bool(self._log) or self._unfolded()
+        self._apply_log()
+        assert self.table is not None, "begin() comes first"
+        if changed:
+            self._write_table(self.table)
+        if changed or not (self.folder / VIEW_FILE).exists():
+            write_view(self.folder, self.manifest, self.table)
+
+    @property
+    def _next_number(self) -> int:
+        return max((shard.number for shard in self.manifest.shards), default=0) + 1
+
+    def _unfolded(self) -> bool:
+        return any(shard.number > self.manifest.folded for shard in self.manifest.shards)
+
+    def _apply_log(self) -> None:
+        if self.table is not None:
+            apply_log(self.table, self._index, self._log)
+        self._log = []
+
+    def _write_table(self, table: SampleTable) -> None:
+        data = samples_file_bytes(table)
+        old = self.manifest.samples
+        number = 1 if old is None else old.number + 1
+        samples = _file_info(f"samples-{number:06d}.h5", data, len(table))
+        write_durably(self.folder / samples.file, data)
+        self.manifest = replace(self.manifest, samples=samples, folded=self._next_number - 1)
+        self.manifest.write(self.folder)
+        if self.table is not table:
+            self.table = table
+            self._index = self._index_table()
+        if old is not None:
+            (self.folder / old.file).unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove what an interrupted writer left behind; nobody else writes, we hold the lock."""
+        shards = {shard.file for shard in self.manifest.shards}
+        for path in (self.folder / SHARD_FOLDER).iterdir():
+            if path.name not in shards:
+                path.unlink()
+        samples = None if self.manifest.samples is None else self.manifest.samples.file
+        for path in self.folder.glob("samples-*.h5"):
+            if path.name != samples:
+                path.unlink()
+        for path in self.folder.glob(f"*{TEMPORARY_SUFFIX}"):
+            path.unlink()
+
+
+def _file_info(name: str, data: bytes, n: int) -> FileInfo:
+    return FileInfo(name, hashlib.sha256(data).hexdigest(), len(data), n)
