@@ -80,59 +80,64 @@ class Console:
 
 
 class Progress:
-    """Progress of ``total`` samples on stderr: a bar in a terminal, a plain line every 10 s else.
+    """Progress on stderr: a bar in a terminal, a plain line every ten seconds elsewhere.
 
-    Use as a context manager and call :meth:`advance` as samples finish.
+    Use as a context manager: :meth:`start` when it is known how much there is to do, then
+    :meth:`advance` as samples finish.
     """
 
     PLAIN_INTERVAL_SECONDS = 10.0
 
-    def __init__(
-        self, label: str, total: int, *, quiet: bool = False, unit: str = "images"
-    ) -> None:
+    def __init__(self, label: str, *, quiet: bool = False) -> None:
         self.label = label
-        self.total = total
-        self.unit = unit
         self.quiet = quiet
-        self.done = 0
         self._bar: Any = None
-        self._started = self._last_line = time.monotonic()
 
     def __enter__(self) -> Progress:
-        if not self.quiet and sys.stderr.isatty():
-            from rich import progress
-            from rich.console import Console as RichConsole
-
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TextColumn("{task.fields[rate]}"),
-                progress.TimeRemainingColumn(),
-                console=RichConsole(file=sys.stderr),
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(self.label, total=self.total, rate="")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
+    def start(self, n_samples: int, n_todo: int) -> None:
+        """``n_todo`` of ``n_samples`` samples have to be done."""
+        self._n_todo = n_todo
+        self._n_done = 0
+        self._started = self._last_line = time.monotonic()
+        if self.quiet or not n_todo:
+            return
+        if not sys.stderr.isatty():
+            click.echo(f"{self.label}: {n_todo:,} of {n_samples:,} images to do", err=True)
+            return
+        from rich import progress
+        from rich.console import Console as RichConsole
+
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[rate]}"),
+            progress.TimeRemainingColumn(),
+            console=RichConsole(file=sys.stderr),
+            transient=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(self.label, total=n_todo, rate="")
+
     def advance(self, n: int) -> None:
         """``n`` more samples are done."""
-        self.done += n
+        self._n_done += n
         now = time.monotonic()
-        rate = self.done / max(now - self._started, 1e-9)
+        rate = self._n_done / max(now - self._started, 1e-9)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, rate=f"{rate:.0f} {self.unit}/s")
+            self._bar.update(self._task, completed=self._n_done, rate=f"{rate:.0f} images/s")
         elif not self.quiet and now - self._last_line >= self.PLAIN_INTERVAL_SECONDS:
             self._last_line = now
-            left_seconds = (self.total - self.done) / max(rate, 1e-9)
+            left_seconds = (self._n_todo - self._n_done) / max(rate, 1e-9)
             click.echo(
-                f"{self.label}: {self.done:,} of {self.total:,} {self.unit}, "
-                f"{rate:.0f}/s, {format_seconds(left_seconds)} left",
+                f"{self.label}: {self._n_done:,} of {self._n_todo:,} images, "
+                f"{rate:.0f} images/s, {format_seconds(left_seconds)} left",
                 err=True,
             )
 

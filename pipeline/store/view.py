@@ -8,8 +8,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import StoreError
 from pipeline.store.durable import write_durably
-from pipeline.store.hdf5 import build_file
+from pipeline.store.hdf5 import build_file, open_file
 from pipeline.store.key import canonical_json
 from pipeline.store.manifest import LayerInfo, Manifest
 from pipeline.store.shard import feature_shape
@@ -33,6 +34,7 @@ def write_view(folder: Path, manifest: Manifest, table: SampleTable) -> None:
 
     def fill(file: h5py.File) -> None:
         file.attrs["key"] = manifest.key
+        file.attrs["samples"] = "" if manifest.samples is None else manifest.samples.sha256
         file.attrs["recipe"] = canonical_json(manifest.recipe).decode()
         text = h5py.string_dtype()
         file.create_dataset("id", data=[table.ids[i] for i in ready], dtype=text, shape=ready.shape)
@@ -47,6 +49,17 @@ def write_view(folder: Path, manifest: Manifest, table: SampleTable) -> None:
             features.create_virtual_dataset(name, layout)
 
     write_durably(folder / VIEW_FILE, build_file(KIND, fill))
+
+
+def view_is_current(folder: Path, manifest: Manifest) -> bool:
+    """Whether ``features.h5`` shows the samples table that ``store.json`` names."""
+    try:
+        with open_file(folder / VIEW_FILE, KIND) as file:
+            return manifest.samples is not None and bool(
+                file.attrs.get("samples") == manifest.samples.sha256
+            )
+    except StoreError:
+        return False
 
 
 def _runs(shards: NDArray[np.int32], rows: NDArray[np.int32]) -> list[tuple[int, int, int, int]]:

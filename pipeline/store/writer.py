@@ -21,7 +21,7 @@ from pipeline.store.samples_file import samples_file_bytes
 from pipeline.store.shard import LogEntry, read_digests, shard_bytes
 from pipeline.store.state import SHARD_FOLDER, apply_log, check_file, load_table, shard_path
 from pipeline.store.table import SampleTable, Status
-from pipeline.store.view import VIEW_FILE, write_view
+from pipeline.store.view import view_is_current, write_view
 
 SHARD_BYTES = 64_000_000
 SHARD_ROWS = 8192
@@ -194,7 +194,7 @@ class StoreWriter:
         assert self.table is not None, "begin() comes first"
         if changed:
             self._write_table(self.table)
-        if changed or not (self.folder / VIEW_FILE).exists():
+        if not view_is_current(self.folder, self.manifest):
             write_view(self.folder, self.manifest, self.table)
 
     @property

@@ -1,0 +1,1 @@
+"""Stage one: images -> features, through a frozen backbone, into a feature store."""

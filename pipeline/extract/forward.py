@@ -1,0 +1,113 @@
+"""The frozen forward pass: uint8 images in, finite features in the storage dtype out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.backbones.backbone import FeatureNet
+from pipeline.backbones.preprocess import Preprocess
+from pipeline.errors import ResourceError
+from pipeline.extract.precision import compute_dtype
+
+
+class FrozenForward:
+    """Runs batches of one fixed shape through a frozen network.
+
+    The shape never changes, short batches are filled up: so a row's features do not depend on how
+    many images happen to be left, and an interrupted run ends up bit-equal to an uninterrupted one.
+
+    Args:
+        net: the network and its layers.
+        preprocess: normalisation, applied on the device.
+        device: where it runs.
+        precision: "fp32", "bf16" or "fp16".
+        storage: "float16" or "float32".
+        batch_size: images in a batch.
+    """
+
+    def __init__(
+        self,
+        net: FeatureNet,
+        preprocess: Preprocess,
+        *,
+        device: torch.device,
+        precision: str,
+        storage: str,
+        batch_size: int,
+    ) -> None:
+        self.net = net.to(device=device, memory_format=torch.channels_last)
+        self.preprocess = preprocess
+        self.device = device
+        self.precision = precision
+        self.storage = {"float16": torch.float16, "float32": torch.float32}[storage]
+        self.batch_size = batch_size
+        self._images = torch.zeros(
+            (batch_size, 3, preprocess.height, preprocess.width),
+            dtype=torch.uint8,
+            pin_memory=device.type == "cuda",
+        ).contiguous(memory_format=torch.channels_last)
+
+    def __call__(
+        self, images: list[torch.Tensor]
+    ) -> tuple[dict[str, NDArray[np.floating]], dict[int, str]]:
+        """Features of up to ``batch_size`` images.
+
+        Args:
+            images: (3, height, width) uint8 each.
+
+        Returns:
+            (n, ...) features by layer, and by index why an image's features cannot be stored:
+            those rows must not be used.
+
+        Raises:
+            ResourceError: the device has too little memory for a batch.
+        """
+        n = len(images)
+        for i, image in enumerate(images):
+            self._images[i] = image
+        self._images[n:] = 0
+        batch = self._images.to(self.device, non_blocking=True)
+        features = self._run(batch, self.precision, n)
+        bad = _not_finite(features)
+        if len(bad) and self.precision != "fp32":
+            full = self._run(batch, "fp32", n)
+            for name, values in features.items():
+                values[bad] = full[name][bad]
+            bad = _not_finite(features)
+        refused = {int(i): _refusal({k: v[i] for k, v in features.items()}) for i in bad}
+        return features, refused
+
+    def _run(self, batch: torch.Tensor, precision: str, n: int) -> dict[str, NDArray[np.floating]]:
+        autocast = torch.autocast(
+            self.device.type, compute_dtype(precision), enabled=precision != "fp32"
+        )
+        try:
+            with torch.inference_mode(), autocast:
+                outputs = self.net(self.preprocess.normalise(batch))
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"{self.device} has too little memory for batches of {self.batch_size}.\n"
+                f"  Use --batch-size {max(1, self.batch_size // 2)}."
+            ) from error
+        stored = [output[:n].to(self.storage).cpu().numpy() for output in outputs]
+        return dict(zip(self.net.layers, stored, strict=True))
+
+
+def _not_finite(features: Mapping[str, NDArray[np.floating]]) -> NDArray[np.intp]:
+    """Indices of rows with a NaN or an infinity in any layer."""
+    finite = [
+        np.isfinite(values.reshape(len(values), -1)).all(axis=1) for values in features.values()
+    ]
+    return np.flatnonzero(~np.logical_and.reduce(finite))
+
+
+def _refusal(row: Mapping[str, NDArray[np.floating]]) -> str:
+    layers = [name for name, values in row.items() if not np.isfinite(values).all()]
+    overflow = all(not np.isnan(values).any() for values in row.values())
+    remedy = "; --dtype float32 can hold larger values" if overflow else ""
+    kind = "larger than float16 holds" if overflow else "not a number"
+    return f"features of layer {layers[0]} are {kind}{remedy}"

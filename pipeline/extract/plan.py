@@ -1,0 +1,91 @@
+"""What has to be embedded: the data source as it is now against what the store knows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.samples import DataSource
+from pipeline.store.table import SPLIT_NAMES, LabelColumn, SampleTable, Status
+
+_COLUMNS = ("digests", "statuses", "shards", "rows")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run has to do.
+
+    Attributes:
+        table: of the data source, with everything that is still valid carried over.
+        todo: (n,) indices of samples whose files must be read.
+        n_removed: samples that the store knew and the data source no longer has.
+    """
+
+    table: SampleTable
+    todo: NDArray[np.intp]
+    n_removed: int
+
+
+def make_plan(source: DataSource, known: SampleTable | None, *, verify_content: bool) -> Plan:
+    """Compare a data source with a store's samples table.
+
+    A sample is current if its file has the size and modification time with which it was embedded.
+    Others are read: what decides in the end is the digest of their bytes.
+
+    Args:
+        source: the samples as they are now.
+        known: the store's table; None for a new store.
+        verify_content: read every file, whatever its size and time.
+    """
+    sizes, mtimes = _stat(source)
+    ids = [sample.id for sample in source.samples]
+    splits = np.array([SPLIT_NAMES.index(sample.split) for sample in source.samples], np.uint8)
+    labels = {
+        name: LabelColumn.of([sample.labels[k] for sample in source.samples])
+        for k, name in enumerate(source.label_columns)
+    }
+    nowhere = np.full(len(ids), -1, np.int64)
+    table = SampleTable.pending(ids, nowhere, nowhere.copy(), splits, labels)
+    n_removed = 0
+    if known is not None:
+        old = _positions(ids, known.ids)
+        n_removed = len(known) - int(np.count_nonzero(old >= 0))
+        current = np.flatnonzero(old >= 0)
+        was = old[current]
+        unchanged = (
+            (known.statuses[was] == Status.OK)
+            & (known.sizes[was] == sizes[current])
+            & (known.mtimes[was] == mtimes[current])
+        )
+        current, was = current[unchanged], was[unchanged]
+        for column in (*_COLUMNS, "sizes", "mtimes"):
+            getattr(table, column)[current] = getattr(known, column)[was]
+        if known.reasons:
+            pairs = zip(current.tolist(), was.tolist(), strict=True)
+            table.reasons = {i: known.reasons[j] for i, j in pairs if j in known.reasons}
+    todo = np.flatnonzero(table.statuses != Status.OK)
+    return Plan(table, np.arange(len(ids)) if verify_content else todo, n_removed)
+
+
+def _stat(source: DataSource) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(n,) size in bytes and (n,) modification time in ns of each file; -2 where there is none."""
+    sizes = np.full(len(source.samples), -2, np.int64)
+    mtimes = sizes.copy()
+    for i, sample in enumerate(source.samples):
+        try:
+            stat = os.stat(sample.file)  # noqa: PTH116 - names may not be UTF-8
+        except OSError:
+            continue
+        sizes[i], mtimes[i] = stat.st_size, stat.st_mtime_ns
+    return sizes, mtimes
+
+
+def _positions(ids: list[str], known: list[str]) -> NDArray[np.intp]:
+    """(n,) where each id stands in ``known``; -1 for nowhere."""
+    if ids == known:
+        return np.arange(len(ids))
+    index = {sample_id: i for i, sample_id in enumerate(known)}
+    return np.fromiter((index.get(i, -1) for i in ids), np.intp, count=len(ids))

@@ -1,0 +1,69 @@
+"""Devices, and the arithmetic that is fast on them."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.errors import UsageError
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(device: str) -> torch.device:
+    """A device that is there; "auto" takes a GPU before the CPU.
+
+    Raises:
+        UsageError: no such device, or it cannot be used with this installation of torch.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(
+            f"Unknown device {device!r}. Known: auto, cpu, cuda, cuda:N, mps."
+        ) from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = "its driver is missing or too old" if built else "this torch was built without CUDA"
+        raise UsageError(f"No CUDA device can be used: {why}.\n  Use --device cpu.")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"There is no {device}: torch sees {torch.cuda.device_count()} GPU(s).")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("No MPS device can be used.\n  Use --device cpu.")
+    return found
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Name the arithmetic: "auto" takes the half precision that the device is fast in.
+
+    Returns:
+        "fp32", "bf16" or "fp16".
+
+    Raises:
+        UsageError: the device does not compute in the precision asked for.
+    """
+    if precision != "auto":
+        if precision == "fp16" and device.type == "cpu":
+            raise UsageError("CPUs are slow in fp16.\n  Use --precision bf16 or fp32.")
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and _cpu_has_bf16():
+        return "bf16"
+    return "fp32"
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The torch dtype of a resolved precision."""
+    return _DTYPES[precision]
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware; without, bf16 is slower than float32."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)

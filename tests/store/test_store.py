@@ -1,0 +1,312 @@
+"""What goes into a store comes out of it: aligned, current, and from one moment."""
+
+import h5py
+import numpy as np
+import pytest
+
+from pipeline.errors import LockedError, MismatchError, StoreError, UnknownNameError, UsageError
+from pipeline.store import open_store
+from pipeline.store.manifest import LayerInfo, read_manifest
+from pipeline.store.table import LabelColumn, Status
+from pipeline.store.writer import StoreWriter
+
+from .conftest import LAYERS, RECIPE, entry_of, features_of, make_writer, table_of
+
+
+def expected(ids, layers=("low", "top")):
+    return np.stack([np.concatenate([features_of(i)[name][0] for name in layers]) for i in ids])
+
+
+def test_features_come_back_aligned_with_ids_and_labels(store_folder, ids):
+    store = open_store(store_folder)
+    assert store.ids() == ids
+    np.testing.assert_array_equal(np.asarray(store.features()), expected(ids))
+    assert store.labels().tolist() == [i.split("/")[0] for i in ids]
+    for split in ("train", "test"):
+        chosen = store.ids(split)
+        np.testing.assert_array_equal(np.asarray(store.features(split)), expected(chosen))
+        assert store.labels(split=split).tolist() == [i.split("/")[0] for i in chosen]
+    assert store.ids("val") == []
+    assert np.asarray(store.features("val")).shape == (0, 8)
+
+
+def test_layers_are_chosen_in_the_order_asked_for(store_folder, ids):
+    store = open_store(store_folder)
+    assert store.layers == {"low": (3,), "top": (5,)}
+    np.testing.assert_array_equal(
+        np.asarray(store.features(layers=["top", "low"])), expected(ids, ("top", "low"))
+    )
+    top = store.features(layers=["top"])
+    assert top.dtype == np.float16
+    np.testing.assert_array_equal(np.asarray(top), expected(ids, ("top",)))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        0,
+        -1,
+        slice(3, 11),
+        slice(None, None, -2),
+        [5, 1, 1, 19],
+        np.arange(20) % 3 == 0,
+        (4, 2),
+        (slice(2, 9), slice(1, 3)),
+        slice(7, 7),
+    ],
+    ids=str,
+)
+def test_slices_equal_slices_of_the_whole(store_folder, ids, key):
+    features = open_store(store_folder).features()
+    np.testing.assert_array_equal(features[key], expected(ids)[key])
+    assert features.shape == (20, 8)
+
+
+def test_a_slice_reads_only_the_shards_it_needs(store_folder):
+    store = open_store(store_folder)
+    store.features()[0:6]
+    assert store._checked == {1}
+
+
+def test_plain_h5py_reads_the_view_from_anywhere(store_folder, ids, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with h5py.File(store_folder / "features.h5") as file:
+        low = file["features/low"][:, 0]
+        names = file["id"].asstr()[:].tolist()
+        labels = file["label/label"].asstr()[:].tolist()
+        splits = file["split"].asstr()[:].tolist()
+    assert names == ids
+    np.testing.assert_array_equal(low, expected(ids, ("low",)))
+    assert labels == [i.split("/")[0] for i in ids]
+    assert splits == open_store(store_folder).splits().tolist()
+
+
+def test_a_moved_store_reads_the_same(store_folder, ids, tmp_path):
+    moved = store_folder.rename(tmp_path / "moved")
+    np.testing.assert_array_equal(np.asarray(open_store(moved).features()), expected(ids))
+    with h5py.File(moved / "features.h5") as file:
+        np.testing.assert_array_equal(file["features/top"][:, 0], expected(ids, ("top",)))
+
+
+def test_what_was_committed_survives_a_writer_that_stops(tmp_path, ids):
+    folder = tmp_path / "store"
+
+    class Stopped(Exception):
+        pass
+
+    with pytest.raises(Stopped), make_writer(folder, shard_rows=6) as writer:
+        writer.begin(table_of(ids))
+        for sample_id in ids[:15]:
+            writer.add(entry_of(sample_id), features_of(sample_id))
+        raise Stopped
+    store = open_store(folder)
+    assert store.ids() == ids[:12]
+    np.testing.assert_array_equal(np.asarray(store.features()), expected(ids[:12]))
+    assert store.table.count(Status.PENDING) == 8
+
+
+def test_resumed_equals_uninterrupted(tmp_path, store_folder, ids):
+    folder = tmp_path / "resumed"
+    with make_writer(folder, shard_rows=6) as writer:
+        writer.begin(table_of(ids))
+        for sample_id in ids[:7]:
+            writer.add(entry_of(sample_id), features_of(sample_id))
+    with make_writer(folder, shard_rows=6) as writer:
+        writer.begin(writer.table)
+        for sample_id in ids[6:]:
+            writer.add(entry_of(sample_id), features_of(sample_id))
+        writer.finish()
+    resumed, whole = open_store(folder), open_store(store_folder)
+    assert resumed.ids() == whole.ids()
+    assert np.asarray(resumed.features()).tobytes() == np.asarray(whole.features()).tobytes()
+
+
+def test_nothing_is_written_when_nothing_changed(store_folder):
+    def contents():
+        return {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in store_folder.rglob("*.h5")}
+
+    before = contents(), (store_folder / "store.json").read_bytes()
+    with make_writer(store_folder) as writer:
+        writer.begin(writer.table)
+        writer.finish()
+    assert (contents(), (store_folder / "store.json").read_bytes()) == before
+
+
+def test_identical_images_share_a_row(tmp_path):
+    folder = tmp_path / "store"
+    with make_writer(folder) as writer:
+        writer.begin(table_of(["a/1.png", "a/copy.png"]))
+        writer.add(entry_of("a/1.png", "same"), features_of("same"))
+        writer.link(entry_of("a/copy.png", "same"))
+        writer.finish()
+    store = open_store(folder)
+    first, second = np.asarray(store.features())
+    np.testing.assert_array_equal(first, second)
+    assert sum(shard.n for shard in store.manifest.shards) == 1
+    assert len(set(store.digests().tolist())) == 1
+
+
+def test_bytes_that_were_never_embedded_cannot_be_linked(store_folder):
+    with make_writer(store_folder) as writer, pytest.raises(KeyError):
+        writer.link(entry_of("a/1.png", "never seen"))
+
+
+def test_a_failed_sample_has_a_reason_and_no_row(tmp_path):
+    folder = tmp_path / "store"
+    with make_writer(folder) as writer:
+        writer.begin(table_of(["a/1.png", "a/bad.png", "a/2.png"]))
+        writer.add(entry_of("a/1.png"), features_of("a/1.png"))
+        writer.fail(replace_reason(entry_of("a/bad.png"), "empty file (0 bytes)"))
+        writer.add(entry_of("a/2.png"), features_of("a/2.png"))
+        writer.finish()
+    store = open_store(folder)
+    assert store.ids() == ["a/1.png", "a/2.png"]
+    assert store.failures == {"a/bad.png": "empty file (0 bytes)"}
+    np.testing.assert_array_equal(np.asarray(store.features()), expected(["a/1.png", "a/2.png"]))
+
+
+def replace_reason(entry, reason):
+    from dataclasses import replace
+
+    return replace(entry, reason=reason)
+
+
+def test_relabelling_touches_no_shard(store_folder, ids):
+    shards = {p: p.stat().st_ino for p in (store_folder / "shards").iterdir()}
+    with make_writer(store_folder) as writer:
+        table = table_of(ids)
+        for column in ("digests", "sizes", "mtimes", "statuses", "shards", "rows"):
+            setattr(table, column, getattr(writer.table, column))
+        table.labels = {"species": LabelColumn.of([None, *["x"] * 19])}
+        writer.begin(table)
+        writer.finish()
+    store = open_store(store_folder)
+    assert store.labels().tolist() == [None] + ["x"] * 19
+    assert {p: p.stat().st_ino for p in (store_folder / "shards").iterdir()} == shards
+    with h5py.File(store_folder / "features.h5") as file:
+        assert list(file["label"]) == ["species"]
+
+
+def test_samples_that_left_are_no_longer_served_nor_shown(store_folder, ids):
+    with make_writer(store_folder) as writer:
+        kept = table_of(ids[5:])
+        for column in ("digests", "sizes", "mtimes", "statuses", "shards", "rows"):
+            setattr(kept, column, getattr(writer.table, column)[5:])
+        writer.begin(kept)
+        writer.finish()
+    np.testing.assert_array_equal(
+        np.asarray(open_store(store_folder).features()), expected(ids[5:])
+    )
+    with h5py.File(store_folder / "features.h5") as file:
+        np.testing.assert_array_equal(file["features/low"][:, 0], expected(ids[5:], ("low",)))
+
+
+def test_a_reader_keeps_its_moment_while_a_writer_goes_on(store_folder, ids):
+    store = open_store(store_folder)
+    more = [*ids, "cat/new.png"]
+    with make_writer(store_folder) as writer:
+        table = table_of(more)
+        for column in ("digests", "sizes", "mtimes", "statuses", "shards", "rows"):
+            getattr(table, column)[:20] = getattr(writer.table, column)
+        writer.begin(table)
+        during = open_store(store_folder)
+        writer.add(entry_of("cat/new.png"), features_of("cat/new.png"))
+        writer.finish()
+    assert during.ids() == ids
+    np.testing.assert_array_equal(np.asarray(store.features()), expected(ids))
+    assert open_store(store_folder).ids() == more
+
+
+def test_a_second_writer_is_told_who_holds_the_store(store_folder):
+    with make_writer(store_folder), pytest.raises(LockedError) as caught:
+        make_writer(store_folder).__enter__()
+    assert caught.value.exit_code == 6
+    assert "is being written by process" in str(caught.value)
+    make_writer(store_folder).__enter__().__exit__()
+
+
+def test_another_recipe_is_refused_and_nothing_overwritten(store_folder):
+    before = (store_folder / "store.json").read_bytes()
+    other = StoreWriter(store_folder, {**RECIPE, "precision": "bf16"}, LAYERS, {})
+    with pytest.raises(MismatchError, match="Nothing was overwritten"):
+        other.__enter__()
+    assert (store_folder / "store.json").read_bytes() == before
+
+
+def test_leftovers_of_a_killed_writer_are_swept(store_folder):
+    leftovers = [
+        store_folder / "shards" / "000099.h5",
+        store_folder / "shards" / "000098.h5.tmp",
+        store_folder / "samples-000099.h5",
+        store_folder / "store.json.tmp",
+    ]
+    for path in leftovers:
+        path.write_bytes(b"half")
+    with make_writer(store_folder):
+        pass
+    assert not any(path.exists() for path in leftovers)
+
+
+def test_unpooled_maps_keep_their_shape(tmp_path):
+    layers = {"map": LayerInfo((4, 2, 2), "float16"), "pooled": LayerInfo((4,), "float16")}
+    maps = np.arange(48, dtype=np.float16).reshape(3, 1, 4, 2, 2)
+    with StoreWriter(tmp_path / "store", RECIPE, layers, {}) as writer:
+        writer.begin(table_of(["a/0", "a/1", "a/2"]))
+        for i in range(3):
+            writer.add(entry_of(f"a/{i}"), {"map": maps[i], "pooled": maps[i].mean((2, 3))})
+        writer.finish()
+    store = open_store(tmp_path / "store")
+    assert store.features(layers=["map"]).shape == (3, 4, 2, 2)
+    np.testing.assert_array_equal(store.features(layers=["map"])[1:], maps[1:, 0])
+    with pytest.raises(UsageError, match="one layer at a time"):
+        store.features()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda store: store.features(layers=["topp"]), "Did you mean: top"),
+        (lambda store: store.features(split="valid"), "Unknown split 'valid'"),
+        (lambda store: store.labels("labels"), "Did you mean: label"),
+        (lambda store: store.features(view=1), "There is no view 1"),
+    ],
+)
+def test_what_is_not_there_is_a_usage_error(store_folder, call, message):
+    with pytest.raises(UsageError, match=message.replace("?", r"\?")) as caught:
+        call(open_store(store_folder))
+    assert caught.value.exit_code == 2
+
+
+def test_labels_of_an_unlabelled_store(tmp_path):
+    with make_writer(tmp_path / "store") as writer:
+        table = table_of(["1.png"])
+        table.labels = {}
+        writer.begin(table)
+        writer.add(entry_of("1.png"), features_of("1.png"))
+        writer.finish()
+    with pytest.raises(UsageError, match="has no labels"):
+        open_store(tmp_path / "store").labels()
+
+
+def test_two_label_columns_must_be_chosen_from(store_folder, ids):
+    with make_writer(store_folder) as writer:
+        writer.table.labels = {"colour": LabelColumn.of(ids), "shape": LabelColumn.of(ids)}
+        writer._write_table(writer.table)
+    store = open_store(store_folder)
+    with pytest.raises(UsageError, match="Say which label column: colour, shape"):
+        store.labels()
+    with pytest.raises(UnknownNameError):
+        store.labels("label")
+    assert store.labels("colour").tolist() == ids
+
+
+def test_a_folder_without_a_store(tmp_path):
+    with pytest.raises(StoreError, match="is not a feature store") as caught:
+        open_store(tmp_path)
+    assert caught.value.exit_code == 4
+
+
+def test_recipe_and_key_are_readable(store_folder):
+    manifest = read_manifest(store_folder)
+    assert manifest.recipe == RECIPE
+    assert open_store(store_folder).key == manifest.key
