@@ -14,6 +14,7 @@ from pipeline.commands.console import (
     format_bytes,
     format_seconds,
     output_options,
+    printable,
 )
 from pipeline.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SKIPPED
 
@@ -237,11 +238,6 @@ def _print(console: Console, report: ExtractReport) -> None:
     }
     console.document(document)
     console.note(f"Store: {format_bytes(size_bytes)}")
-
-
-def printable(text: str) -> str:
-    """``text`` on one line, with control characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _command_line() -> str:

@@ -148,7 +148,7 @@ class Embedder:
         """What is worth knowing about a run and never part of the recipe."""
         cuda = self.device.type == "cuda"
         return {
-            "backbone": self.backbone.origin,
+            "backbone": dict(self.backbone.origin),
             "device": torch.cuda.get_device_name(self.device) if cuda else str(self.device),
             "batch_size": self.batch_size,
             "n_threads": self.n_threads,

@@ -1,0 +1,141 @@
+"""``tlpipe fit-head``: features -> a head, scored on held-out images."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.commands.console import (
+    Console,
+    Progress,
+    format_seconds,
+    output_options,
+    printable,
+)
+from pipeline.errors import EXIT_DONE
+
+if TYPE_CHECKING:
+    from pipeline.sweep.fit import HeadRun
+
+_METRICS = {
+    "top1": "top-1 [95 %]",
+    "top5": "top-5",
+    "macro_f1": "macro-F1",
+    "mean_per_class_accuracy": "per-class",
+    "nll": "NLL",
+    "ece": "ECE",
+}
+
+
+@click.command()
+@click.argument(
+    "stores", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="STORE…"
+)
+@click.option(
+    "--head",
+    default="logreg",
+    show_default=True,
+    help="logreg, linear, svm, mlp, ridge, knn or prototype.",
+)
+@click.option("--label", help="Label column to learn, where the store has several.")
+@click.option(
+    "--layers",
+    help="Comma-separated layers; all for every one.  [default: penultimate, or all]",
+)
+@click.option(
+    "--scaling",
+    help="standardise, l2 or none.  [default: what suits the head]",
+)
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    help="Decides held-out parts, gradient steps and intervals.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder to make the run's folder in.  [default: runs/<data source>]",
+)
+@output_options
+def command(
+    stores: tuple[Path, ...],
+    head: str,
+    label: str | None,
+    layers: str | None,
+    scaling: str | None,
+    seed: int,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Fit a classifier head on the features of STORE and score it.
+
+    A few settings of the head are compared on the val split or, where there is none, on a part
+    of train; the best is fitted on both, and the test split is scored once. Several stores of the
+    same images are joined, their features side by side.
+
+    \b
+    Examples:
+      tlpipe fit-head cache/photos/resnet50-1f3a9c02
+      tlpipe fit-head cache/photos/resnet50-1f3a9c02 --head svm --layers all
+      tlpipe fit-head cache/photos/resnet50-1f3a9c02 cache/photos/vit_base-77e0b1aa
+    """
+    console = Console(as_json=as_json, quiet=quiet)
+    from pipeline.sweep.fit import fit_head
+    from pipeline.sweep.grids import GRIDS
+
+    names = [name.strip() for name in layers.split(",") if name.strip()] if layers else None
+    with Progress(
+        f"{head} on {len(stores)} store(s)", len(GRIDS.get(head, ())), quiet=quiet, unit="settings"
+    ) as progress:
+        run = fit_head(
+            stores,
+            head=head,
+            layers=names,
+            label=label,
+            scaling=scaling,
+            seed=seed,
+            on_fit=lambda: progress.advance(1),
+        )
+    path = run.save(out, command=shlex.join(["tlpipe", *sys.argv[1:]]))
+    console.document({"path": str(path)} | run.to_dict())
+    _print_run(console, run)
+    console.result(str(path))
+    shown = shlex.quote(str(path))
+    console.next_steps([f"tlpipe predict {shown} image.jpg", f"tlpipe inspect {shown}"])
+    return EXIT_DONE
+
+
+def _print_run(console: Console, run: HeadRun) -> None:
+    from pipeline.sweep.grids import describe_setting
+
+    for note in run.notes:
+        console.note(printable(note))
+    shown = [name for name in _METRICS if any(name in scores for scores in run.scores.values())]
+    rows = []
+    for split, scores in run.scores.items():
+        cells = [f"{scores[name].value:.3f}" for name in shown]
+        cells[0] = str(scores["top1"])
+        rows.append([_split_words(run, split), *cells])
+    if rows:
+        console.table(["scored on", *(_METRICS[name] for name in shown)], rows)
+    n_failed = sum(bool(trial.failure) for trial in run.trials)
+    console.result(
+        f"{run.head}, {describe_setting(run.best.setting)}, chosen by {run.chosen_by} among "
+        f"{len(run.trials)}" + (f" ({n_failed} failed)" if n_failed else "")
+    )
+    console.result(
+        f"{sum(run.n_samples.values()):,} samples, {len(run.classes)} classes, "
+        f"{run.model.head.n_features_in_:,} features, {format_seconds(run.seconds['total'])}"
+    )
+
+
+def _split_words(run: HeadRun, split: str) -> str:
+    if split == "test":
+        return f"test ({run.n_samples['test']:,})"
+    return "validation (chose the setting)"

@@ -1,0 +1,85 @@
+"""``tlpipe ls``: the stores and runs that are here, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.commands.console import Console, format_bytes, output_options
+from pipeline.errors import EXIT_DONE, StoreError
+
+
+@click.command()
+@click.option(
+    "--cache",
+    "cache_dir",
+    type=click.Path(path_type=Path),
+    default=Path("cache"),
+    show_default=True,
+    envvar="TLPIPE_CACHE",
+    help="Folder that holds the stores.",
+)
+@click.option(
+    "--runs",
+    "runs_dir",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder that holds the runs.",
+)
+@output_options
+def command(cache_dir: Path, runs_dir: Path, as_json: bool, quiet: bool) -> int:
+    """List the feature stores of the cache and the runs.
+
+    \b
+    Examples:
+      tlpipe ls
+      tlpipe ls --cache /data/cache --json
+    """
+    console = Console(as_json=as_json, quiet=quiet)
+    stores = list(_stores(cache_dir, console))
+    runs = list(_runs(runs_dir))
+    console.document({"stores": stores, "runs": runs})
+    if stores:
+        console.table(
+            ["store", "backbone", "layers", "samples", "size"],
+            [
+                [s["path"], s["backbone"], str(len(s["layers"])), f"{s['n_samples']:,}",
+                 format_bytes(s["size_bytes"])]
+                for s in stores
+            ],
+        )  # fmt: skip
+    if runs:
+        console.table(
+            ["run", "head", "split", "top-1"],
+            [[r["path"], r["head"], r["split"], r["top1"]] for r in runs],
+        )
+    if not stores and not runs:
+        console.note(f"No store in {cache_dir}/ and no run in {runs_dir}/ yet.")
+        console.next_steps(["tlpipe demo", "tlpipe extract FOLDER"])
+    return EXIT_DONE
+
+
+def _stores(cache_dir: Path, console: Console) -> Iterator[dict[str, Any]]:
+    from pipeline.store.manifest import read_manifest
+
+    for path in sorted(cache_dir.glob("*/*/store.json")):
+        try:
+            manifest = read_manifest(path.parent)
+        except StoreError as error:
+            console.note(f"Warning: {error}")
+            continue
+        yield {
+            "path": str(path.parent),
+            "backbone": str(manifest.recipe.get("backbone", "")),
+            "layers": list(manifest.layers),
+            "n_samples": manifest.samples.n if manifest.samples else 0,
+            "size_bytes": sum(shard.size_bytes for shard in manifest.shards),
+        }
+
+
+def _runs(runs_dir: Path) -> Iterator[dict[str, Any]]:
+    raise NotImplementedError

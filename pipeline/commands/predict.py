@@ -1,0 +1,192 @@
+"""``tlpipe predict``: head -> classes of new images."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.commands.console import Console, output_options, printable
+from pipeline.errors import EXIT_DONE, EXIT_SKIPPED, DataError, UsageError
+
+if TYPE_CHECKING:
+    from pipeline.runs.bundle import Bundle
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True)
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["table", "csv", "jsonl"]),
+    default="table",
+    show_default=True,
+    help="How the predictions are printed.",
+)
+@click.option(
+    "--top",
+    "n_top",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Classes an image, likeliest first.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@output_options
+def command(
+    run: Path,
+    images: tuple[str, ...],
+    output_format: str,
+    n_top: int,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Classify IMAGES with the head of RUN; a folder stands for every image in it.
+
+    The backbone is loaded as it was when the features were extracted, and refused if its weights
+    or its preprocessing are no longer the same. Images that cannot be read are listed on stderr
+    and make the exit code 3.
+
+    \b
+    Examples:
+      tlpipe predict runs/photos/logreg-resnet50-0001 new.jpg
+      tlpipe predict runs/photos/logreg-resnet50-0001 inbox/ --format csv > predicted.csv
+      tlpipe predict runs/photos/logreg-resnet50-0001 inbox/ --top 3
+    """
+    console = Console(as_json=as_json, quiet=quiet)
+    files = find_images(images)
+    from pipeline.runs.bundle import load_bundle
+
+    bundle = load_bundle(run)
+    predictions, failures = classify(bundle, files, n_top=n_top, device=device)
+    for file, reason in failures.items():
+        console.note(f"Skipped {printable(file)}: {reason}")
+    if not predictions:
+        raise DataError(
+            "None of the images can be used.\n"
+            + "\n".join(f"  {printable(file)}: {why}" for file, why in list(failures.items())[:5])
+        )
+    if as_json:
+        console.document({"predictions": [vars(one) for one in predictions], "failures": failures})
+    else:
+        _print(console, predictions, output_format, n_top)
+    return EXIT_SKIPPED if failures else EXIT_DONE
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of one image.
+
+    Attributes:
+        image: the file.
+        classes: likeliest first.
+        probabilities: of those classes.
+    """
+
+    image: str
+    classes: list[str]
+    probabilities: list[float]
+
+
+def find_images(paths: Sequence[str]) -> list[str]:
+    """Files as given, and every image below each folder, sorted.
+
+    Raises:
+        UsageError: a path does not exist, or a folder holds no image.
+    """
+    from pipeline.data.folders import read_tree
+
+    files: list[str] = []
+    for name in paths:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(file for _, file in read_tree(name, "", ()).images)
+            if not found:
+                raise UsageError(f"There is no image in {name}.")
+            files += found
+        elif path.exists():
+            files.append(name)
+        else:
+            raise UsageError(f"There is no image or folder {name}.")
+    return files
+
+
+def classify(
+    bundle: Bundle, files: Sequence[str], *, n_top: int = 1, device: str = "auto"
+) -> tuple[list[Prediction], dict[str, str]]:
+    """Embed files as the head's features were, and classify them.
+
+    Args:
+        bundle: the fitted model.
+        files: images.
+        n_top: classes an image.
+        device: where the backbone runs.
+
+    Returns:
+        One prediction for each image that can be read, in order; and why others cannot, by file.
+    """
+    import numpy as np
+
+    from pipeline.data.names import to_id
+    from pipeline.extract.embed import embed_files, embedder_for
+
+    embedded = []
+    for block in bundle.inputs:
+        embedder = embedder_for(
+            block.recipe, block.weights, block.layers, n_files=len(files), device=device
+        )
+        embedded.append(embed_files(embedder, files))
+    failures = {i: why for one in embedded for i, why in one.failures.items()}
+    failed = {to_id(files[i]): why for i, why in sorted(failures.items())}
+    usable = [i for i in range(len(files)) if i not in failures]
+    if not usable:
+        return [], failed
+    features = [
+        np.concatenate(
+            [one.layers[name][np.searchsorted(one.indices, usable)] for name in block.layers],
+            axis=1,
+        )
+        for block, one in zip(bundle.inputs, embedded, strict=True)
+    ]
+    predictions = []
+    for i, row in zip(usable, bundle.predict_proba(features), strict=True):
+        best = np.argsort(-row, kind="stable")[:n_top]
+        predictions.append(
+            Prediction(
+                to_id(files[i]),
+                [bundle.classes[k] for k in best],
+                [round(float(row[k]), 6) for k in best],
+            )
+        )
+    return predictions, failed
+
+
+def _print(console: Console, predictions: list[Prediction], output_format: str, n_top: int) -> None:
+    columns = ["image"]
+    for rank in range(min(n_top, len(predictions[0].classes))):
+        mark = "" if rank == 0 else f"_{rank + 1}"
+        columns += [f"class{mark}", f"probability{mark}"]
+    if output_format == "jsonl":
+        for one in predictions:
+            console.result(json.dumps(vars(one), ensure_ascii=False))
+    elif output_format == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(_cells(one) for one in predictions)
+    else:
+        console.table(columns, [[printable(cell) for cell in _cells(one)] for one in predictions])
+
+
+def _cells(one: Prediction) -> list[str]:
+    cells = [one.image]
+    for name, probability in zip(one.classes, one.probabilities, strict=True):
+        cells += [name, f"{probability:.4f}"]
+    return cells

@@ -1,0 +1,112 @@
+"""Embed a few files without a store, under the recipe that a head was fitted with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.backbones import load_backbone
+from pipeline.errors import MismatchError
+from pipeline.extract.extractor import Embedder, Settings
+
+MAX_BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Features of the files that could be decoded.
+
+    Attributes:
+        layers: (n, ...) features by layer, in the order of ``indices``.
+        indices: which of the files they are.
+        failures: why a file could not be used, by index.
+    """
+
+    layers: dict[str, NDArray[np.floating]]
+    indices: list[int]
+    failures: dict[int, str]
+
+
+def embedder_for(
+    recipe: Mapping[str, Any],
+    origin: Mapping[str, Any],
+    layers: Sequence[str],
+    *,
+    n_files: int,
+    device: str = "auto",
+) -> Embedder:
+    """Load the backbone of a recipe again and check that it is the same.
+
+    Args:
+        recipe: of the store that a head was fitted on.
+        origin: arguments of ``load_backbone``, from the store's provenance.
+        layers: those of the recipe's layers that are needed.
+        n_files: how many files will be embedded; few files make small batches.
+        device: where to run.
+
+    Raises:
+        MismatchError: weights, preprocessing or decoding differ from the recipe's.
+        TlpipeError: the backbone cannot be loaded.
+    """
+    backbone = load_backbone(**origin)
+    settings = Settings(
+        layers=tuple(layers),
+        pooling=str(recipe["pooling"]),
+        precision=str(recipe["precision"]),
+        storage=str(recipe["storage"]),
+        device=device,
+        batch_size=max(1, min(MAX_BATCH_SIZE, n_files)),
+    )
+    embedder = Embedder(backbone, settings)
+    for field, value in embedder.recipe.items():
+        if field != "layers" and value != recipe.get(field):
+            raise MismatchError(
+                f"The head was fitted on features with {field} {_short(recipe.get(field))}, but "
+                f"{backbone.name} now gives {_short(value)}.\n"
+                "  Extract again and fit again, or restore what was there: the weights file, or "
+                "the release of tlpipe."
+            )
+    return embedder
+
+
+def embed_files(embedder: Embedder, files: Sequence[str]) -> Embedded:
+    """Embed files in order; those that cannot be decoded are listed with the reason."""
+    batches: list[dict[str, NDArray[np.floating]]] = []
+    indices: list[int] = []
+    failures: dict[int, str] = {}
+    waiting: list[tuple[int, torch.Tensor]] = []
+
+    def run() -> None:
+        features, refused = embedder.forward([pixels for _, pixels in waiting])
+        kept = [k for k in range(len(waiting)) if k not in refused]
+        batches.append({name: values[kept] for name, values in features.items()})
+        indices.extend(waiting[k][0] for k in kept)
+        failures.update({waiting[k][0]: why for k, why in refused.items()})
+        waiting.clear()
+
+    for i, one in enumerate(embedder.load(iter(files), lambda _: False)):
+        if one.pixels is None:
+            failures[i] = one.failure
+            continue
+        waiting.append((i, one.pixels))
+        if len(waiting) == embedder.batch_size:
+            run()
+    if waiting:
+        run()
+    layers = {
+        name: np.concatenate([batch[name] for batch in batches])
+        if batches
+        else np.empty((0, *layer.shape), layer.dtype)
+        for name, layer in embedder.layers.items()
+    }
+    return Embedded(layers, indices, failures)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:12]}…"

@@ -1,0 +1,368 @@
+"""Only what is new or changed is embedded, and every row belongs to its sample."""
+
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.data import open_source
+from pipeline.errors import DataError, EmptySourceError, StoreError, UsageError
+from pipeline.extract.extractor import Settings, extract
+from pipeline.store import open_store
+
+from .conftest import write_image
+
+
+def features_by_id(report):
+    store = open_store(report.store)
+    return dict(zip(store.ids(), np.asarray(store.features()), strict=True))
+
+
+def alone(embed, tmp_path, file, **arguments):
+    """Features of one image, embedded by itself."""
+    folder = tmp_path / f"alone-{file.stem}"
+    folder.mkdir()
+    shutil.copy2(file, folder)
+    (row,) = features_by_id(embed(folder, **arguments)).values()
+    return row
+
+
+def test_each_row_is_that_of_its_image_alone(embed, photos, tmp_path, resnet):
+    rows = features_by_id(embed(photos, resnet))
+    assert list(rows) == sorted(p.relative_to(photos).as_posix() for p in photos.rglob("*.png"))
+    for name in ("cat/04.png", "dog/11.png"):
+        np.testing.assert_array_equal(rows[name], alone(embed, tmp_path, photos / name,
+                                                        backbone=resnet))  # fmt: skip
+
+
+def test_the_second_time_nothing_is_decoded(embed, photos):
+    first = embed(photos)
+    assert (first.n_embedded, first.n_cached, first.n_decoded) == (12, 0, 12)
+    second = embed(photos)
+    assert (second.n_embedded, second.n_cached, second.n_decoded) == (0, 12, 0)
+    assert second.store == first.store
+
+
+def test_only_added_images_are_embedded(embed, photos):
+    before = features_by_id(embed(photos))
+    for i in range(12, 15):
+        write_image(photos / "cat" / f"a{i}.png", seed=i)
+    report = embed(photos)
+    assert (report.n_embedded, report.n_cached, report.n_decoded) == (3, 12, 3)
+    after = features_by_id(report)
+    assert len(after) == 15
+    for name, row in before.items():
+        np.testing.assert_array_equal(after[name], row)
+
+
+def test_a_changed_image_is_embedded_anew(embed, photos, tmp_path):
+    before = features_by_id(embed(photos))
+    write_image(photos / "cat" / "02.png", seed=99)
+    report = embed(photos)
+    assert (report.n_embedded, report.n_cached) == (1, 11)
+    after = features_by_id(report)
+    assert not np.array_equal(after["cat/02.png"], before["cat/02.png"])
+    np.testing.assert_array_equal(
+        after["cat/02.png"], alone(embed, tmp_path, photos / "cat" / "02.png")
+    )
+
+
+def test_a_touched_image_is_read_but_not_decoded(embed, photos):
+    embed(photos)
+    os.utime(photos / "cat" / "00.png", (1, 1))
+    report = embed(photos)
+    assert (report.n_embedded, report.n_linked, report.n_decoded) == (0, 1, 0)
+    assert embed(photos).n_cached == 12
+
+
+def test_same_size_and_time_needs_verify_content(embed, photos):
+    file = photos / "cat" / "00.png"
+    embed(photos)
+    stat = file.stat()
+    data = bytearray(file.read_bytes())
+    write_image(file, seed=50)
+    fresh = file.read_bytes()
+    padded = (fresh + bytes(len(data)))[: max(len(data), len(fresh))]
+    if len(padded) != stat.st_size:  # make the lengths agree: bytes after IEND are ignored
+        write_image(file, seed=50, size=(8, 6))
+        padded = (file.read_bytes() + bytes(stat.st_size))[: stat.st_size]
+    file.write_bytes(padded)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert embed(photos).n_embedded == 0
+    report = embed(photos, verify_content=True)
+    assert (report.n_embedded, report.n_linked) == (1, 11)
+
+
+def test_removed_images_are_no_longer_served_and_come_back_cheaply(embed, photos, tmp_path):
+    embed(photos)
+    kept = (photos / "dog" / "03.png").rename(tmp_path / "kept.png")
+    report = embed(photos)
+    assert (report.n_removed, report.n_embedded) == (1, 0)
+    assert "dog/03.png" not in features_by_id(report)
+    kept.rename(photos / "dog" / "03.png")
+    report = embed(photos)
+    assert (report.n_embedded, report.n_linked, report.n_decoded) == (0, 1, 0)
+
+
+def test_identical_images_are_embedded_once(embed, photos):
+    shutil.copy2(photos / "cat" / "00.png", photos / "dog" / "00-copy.png")
+    report = embed(photos)
+    assert (report.n_embedded, report.n_linked) == (12, 1)
+    rows = features_by_id(report)
+    np.testing.assert_array_equal(rows["cat/00.png"], rows["dog/00-copy.png"])
+
+
+@pytest.mark.parametrize("how", ["move", "copy", "copy without times"])
+def test_a_moved_or_copied_folder_still_hits(embed, photos, tmp_path, how):
+    first = embed(photos)
+    target = tmp_path / "elsewhere" / "photos"
+    target.parent.mkdir()
+    if how == "move":
+        photos.rename(target)
+    else:
+        shutil.copytree(photos, target, copy_function=shutil.copy2 if how == "copy" else shutil.copy)
+    report = embed(target)
+    assert (report.store, report.n_embedded, report.n_decoded) == (first.store, 0, 0)
+
+
+def test_two_folders_of_one_name_do_not_share_a_store(embed, photos, tmp_path):
+    first = embed(photos)
+    other = tmp_path / "other" / "photos"
+    for i in range(4):
+        write_image(other / "cat" / f"x{i}.png", seed=100 + i)
+    second = embed(other)
+    assert second.store != first.store
+    assert len(open_store(first.store)) == 12
+    assert len(open_store(second.store)) == 4
+    assert embed(other).store == second.store
+    assert embed(photos).n_cached == 12
+
+
+def test_new_labels_and_splits_need_no_extraction(embed, photos, tmp_path):
+    manifest = tmp_path / "m.csv"
+    names = sorted(p.relative_to(tmp_path).as_posix() for p in photos.rglob("*.png"))
+    manifest.write_text("path,label,split\n" + "".join(f"{n},a,train\n" for n in names))
+    embed(manifest)
+    manifest.write_text("path,colour,split\n" + "".join(f"{n},red,test\n" for n in names))
+    report = embed(manifest)
+    assert (report.n_embedded, report.n_cached) == (0, 12)
+    store = open_store(report.store)
+    assert set(store.labels("colour", split="test")) == {"red"}
+
+
+def test_reordering_keeps_rows_with_their_samples(embed, photos, tmp_path):
+    manifest = tmp_path / "m.csv"
+    names = sorted(p.relative_to(tmp_path).as_posix() for p in photos.rglob("*.png"))
+    manifest.write_text("path,label\n" + "".join(f"{n},a\n" for n in names))
+    before = features_by_id(embed(manifest))
+    manifest.write_text("path,label\n" + "".join(f"{n},a\n" for n in reversed(names)))
+    report = embed(manifest)
+    after = features_by_id(report)
+    assert report.n_embedded == 0
+    assert list(after) == names[::-1]
+    for name in names:
+        np.testing.assert_array_equal(after[name], before[name])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": ("layer2",)},
+        {"layers": ("layer2",), "pooling": "max"},
+        {"precision": "bf16"},
+        {"storage": "float32"},
+    ],
+    ids=str,
+)
+def test_whatever_decides_values_gets_a_store_of_its_own(embed, photos, resnet, change):
+    settings = Settings(batch_size=4, precision="fp32")
+    base = embed(photos, resnet, settings)
+    other = embed(photos, resnet, replace(settings, **change))
+    assert other.store != base.store
+    assert other.n_embedded == 12
+
+
+def test_what_does_not_decide_values_does_not(embed, photos, resnet):
+    base = embed(photos, resnet, Settings(batch_size=4))
+    other = embed(photos, resnet, Settings(batch_size=5, n_threads=1))
+    assert (other.store, other.n_embedded) == (base.store, 0)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(embed, photos, resnet, tmp_path):
+    whole = features_by_id(embed(photos, resnet))
+    shutil.rmtree(tmp_path / "cache")
+    report = embed(photos, resnet, should_stop=lambda: True)
+    assert report.interrupted
+    assert report.n_embedded == 4
+    assert len(open_store(report.store)) == 4
+    report = embed(photos, resnet)
+    assert (report.n_cached, report.n_embedded) == (4, 8)
+    resumed = features_by_id(report)
+    assert list(resumed) == list(whole)
+    for name, row in whole.items():
+        assert resumed[name].tobytes() == row.tobytes()
+
+
+def test_bad_images_are_skipped_with_reasons_and_nothing_shifts(embed, photos, tmp_path):
+    good = features_by_id(embed(photos))
+    shutil.rmtree(tmp_path / "cache")
+    whole = (photos / "cat" / "00.png").read_bytes()
+    (photos / "cat" / "00a.png").write_bytes(b"")
+    (photos / "cat" / "02a.jpg").write_text("<!DOCTYPE html><title>404</title>")
+    (photos / "dog" / "03a.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "dog" / "05a.png").symlink_to(photos / "nowhere.png")
+    report = embed(photos)
+    assert sorted(report.failures) == ["cat/00a.png", "cat/02a.jpg", "dog/03a.png", "dog/05a.png"]
+    assert "empty" in report.failures["cat/00a.png"]
+    assert "cannot be read" in report.failures["dog/05a.png"]
+    assert all(report.failures.values())
+    rows = features_by_id(report)
+    assert set(rows) == set(good)
+    for name, row in good.items():
+        np.testing.assert_array_equal(rows[name], row)
+
+
+def test_a_mended_image_is_embedded_on_the_next_run(embed, photos):
+    (photos / "cat" / "bad.png").write_bytes(b"")
+    assert len(embed(photos).failures) == 1
+    write_image(photos / "cat" / "bad.png", seed=77)
+    report = embed(photos)
+    assert (report.failures, report.n_embedded) == ({}, 1)
+
+
+def test_awkward_images_have_features(embed, tmp_path):
+    folder = tmp_path / "awkward"
+    folder.mkdir()
+    photo = Image.open(write_image(tmp_path / "base.png", seed=1, size=(40, 30)))
+    photo.convert("CMYK").save(folder / "cmyk.jpg")
+    palette = photo.convert("P")
+    palette.info["transparency"] = 3
+    palette.save(folder / "palette.png", transparency=3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.rotate(90, expand=True).save(folder / "rotated.jpg", exif=exif, quality=98)
+    frames = [photo.convert("P"), photo.rotate(180).convert("P")]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    photo.save(folder / "upright.jpg", quality=98)
+    report = embed(folder)
+    assert report.failures == {}
+    rows = {k: v.astype(np.float32) for k, v in features_by_id(report).items()}
+    assert set(rows) == {p.name for p in folder.iterdir()}
+    for name in ("cmyk.jpg", "rotated.jpg", "moving.gif"):
+        assert np.abs(rows[name] - rows["upright.jpg"]).mean() < 0.06, name
+    assert len(report.notes) >= 2
+
+
+def test_features_are_those_of_the_plain_network(embed, photos, resnet):
+    settings = Settings(layers=("layer1", "penultimate"), precision="fp32", storage="float32",
+                        batch_size=4)  # fmt: skip
+    store = open_store(embed(photos, resnet, settings).store)
+    rows = np.asarray(store.features(layers=["penultimate"]))
+    network = resnet.module
+    for name, row in zip(store.ids(), rows, strict=True):
+        pixels = torch.from_numpy(np.array(Image.open(photos / name).convert("RGB")))
+        image = resnet.preprocess(pixels.permute(2, 0, 1).contiguous())
+        x = resnet.preprocess.normalise(image[None])
+        with torch.inference_mode():
+            for part in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+                x = getattr(network, part)(x)
+        plain = x.mean((2, 3))[0].numpy()
+        cosine = row @ plain / np.linalg.norm(row) / np.linalg.norm(plain)
+        assert cosine > 0.99999
+
+
+class Broken(torch.nn.Module):
+    """Turns images whose first pixel is bright into a value that is not finite."""
+
+    def __init__(self, net, value):
+        super().__init__()
+        self.net, self.value = net, value
+        self.layers, self.pooling, self.shapes = net.layers, net.pooling, net.shapes
+
+    def forward(self, x):
+        (features,) = self.net(x)
+        bad = x[:, 0, 0, 0] > 0
+        return (torch.where(bad[:, None], torch.full_like(features, self.value), features),)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"), [(float("nan"), "not a number"), (1e6, "larger than float16 holds")]
+)
+def test_features_that_are_not_finite_are_refused(photos, pixels, value, why, tmp_path):
+    from pipeline.extract.forward import FrozenForward
+
+    forward = FrozenForward(
+        Broken(pixels.feature_net(), value),
+        pixels.preprocess,
+        device=torch.device("cpu"),
+        precision="fp32",
+        storage="float16",
+        batch_size=4,
+    )
+    images = [torch.full((3, 8, 8), value, dtype=torch.uint8) for value in (0, 255, 0)]
+    features, refused = forward(images)
+    assert list(refused) == [1]
+    assert why in refused[1]
+    assert np.isfinite(features["penultimate"][[0, 2]]).all()
+
+
+class OverflowsInHalf(torch.nn.Module):
+    layers, pooling, shapes = ("penultimate",), "avg", {"penultimate": (2,)}
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2, bias=False)
+        torch.nn.init.ones_(self.linear.weight)
+
+    def forward(self, x):
+        y = self.linear(x.mean((2, 3)))
+        return (torch.where(torch.tensor(y.dtype == torch.bfloat16), y * float("inf"), y),)
+
+
+def test_a_batch_that_overflows_in_half_precision_is_run_in_float32(pixels):
+    from pipeline.extract.forward import FrozenForward
+
+    forward = FrozenForward(OverflowsInHalf(), pixels.preprocess, device=torch.device("cpu"),
+                            precision="bf16", storage="float16", batch_size=4)  # fmt: skip
+    features, refused = forward([torch.full((3, 8, 8), 255, dtype=torch.uint8)])
+    assert refused == {}
+    assert np.isfinite(features["penultimate"]).all()
+
+
+def test_an_empty_folder(embed, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EmptySourceError) as caught:
+        embed(tmp_path / "empty")
+    assert caught.value.exit_code == 4
+
+
+def test_nothing_but_bad_images(embed, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "1.png").write_bytes(b"")
+    with pytest.raises(DataError, match="None of the 1 images"):
+        embed(tmp_path / "bad")
+
+
+def test_a_cache_that_is_a_file(photos, pixels, tmp_path):
+    (tmp_path / "cache").write_text("")
+    source = replace(open_source(str(photos)), name="photos")
+    with pytest.raises(StoreError, match="Give another with --cache"):
+        extract(source, pixels, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings(device="gpu"), "Unknown device 'gpu'"),
+        (Settings(device="cuda:7"), "CUDA|There is no"),
+        (Settings(precision="fp16", device="cpu"), "CPUs are slow in fp16"),
+        (Settings(layers=("layr2",)), "Did you mean: layer2"),
+    ],
+)
+def test_settings_that_cannot_be(embed, photos, resnet, settings, message):
+    with pytest.raises(UsageError, match=message):
+        embed(photos, resnet, settings)
