@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 SPLITS = ("train", "val", "test")
+
+SPLIT_ALIASES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""What people call the splits, in lower case -> what we call them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +60,11 @@ class DataSource:
     label_columns: tuple[str, ...] = ()
     split_origin: str = "none"
     notes: list[str] = field(default_factory=list)
+
+
+def main_labels(samples: Sequence[Sample], label_columns: Sequence[str]) -> list[str | None]:
+    """Labels in the column that splits are stratified by: "label", or else the first one."""
+    if not label_columns:
+        return [None] * len(samples)
+    column = label_columns.index("label") if "label" in label_columns else 0
+    return [sample.labels[column] for sample in samples]
