@@ -22,6 +22,7 @@ import pipeline
 from pipeline.backbones.backbone import Backbone, FeatureNet
 from pipeline.data.samples import DataSource, Sample
 from pipeline.errors import DataError, EmptySourceError
+from pipeline.extract.fold import fold_batchnorm
 from pipeline.extract.forward import FrozenForward
 from pipeline.extract.loader import Loaded, load, load_in_order
 from pipeline.extract.place import check_writable, store_folder
@@ -106,13 +107,17 @@ class Embedder:
     def __init__(self, backbone: Backbone, settings: Settings) -> None:
         self.backbone = backbone
         self.device = resolve_device(settings.device)
-        precision = resolve_precision(settings.precision, self.device)
-        if backbone.n_parameters == 0:
-            precision = "fp32"  # nothing to compute: nothing to gain
         on_cpu = self.device.type == "cpu"
         self.batch_size = settings.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE)
         self.n_threads = settings.n_threads or os.cpu_count() or 1
-        self.net: FeatureNet = backbone.feature_net(settings.layers, settings.pooling)
+        size = (backbone.preprocess.height, backbone.preprocess.width)
+        self.net: FeatureNet = fold_batchnorm(
+            backbone.feature_net(settings.layers, settings.pooling),
+            torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)),
+        )
+        precision = resolve_precision(
+            settings.precision, self.device, self.net, backbone.preprocess, backbone.stages
+        )
         self.recipe = build_recipe(
             backbone, self.net, precision=precision, storage=settings.storage
         )

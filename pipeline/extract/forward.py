@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from pipeline.backbones.backbone import FeatureNet
 from pipeline.backbones.preprocess import Preprocess
 from pipeline.errors import ResourceError
-from pipeline.extract.precision import compute_dtype
+from pipeline.extract.half import at_precision, input_dtype
+
+Features = NDArray[np.floating]
 
 
 class FrozenForward:
@@ -24,7 +26,7 @@ class FrozenForward:
         net: the network and its layers.
         preprocess: normalisation, applied on the device.
         device: where it runs.
-        precision: "fp32", "bf16" or "fp16".
+        precision: "fp32", "bf16", "fp16" or "bf16 after STAGE".
         storage: "float16" or "float32".
         batch_size: images in a batch.
     """
@@ -39,21 +41,21 @@ class FrozenForward:
         storage: str,
         batch_size: int,
     ) -> None:
-        self.net = net.to(device=device, memory_format=torch.channels_last)
         self.preprocess = preprocess
         self.device = device
         self.precision = precision
         self.storage = {"float16": torch.float16, "float32": torch.float32}[storage]
         self.batch_size = batch_size
+        self.layers = net.layers
         self._images = torch.zeros(
             (batch_size, 3, preprocess.height, preprocess.width),
             dtype=torch.uint8,
             pin_memory=device.type == "cuda",
         ).contiguous(memory_format=torch.channels_last)
+        self._full_net = net
+        self._net = self._on_device(precision)
 
-    def __call__(
-        self, images: list[torch.Tensor]
-    ) -> tuple[dict[str, NDArray[np.floating]], dict[int, str]]:
+    def __call__(self, images: list[torch.Tensor]) -> tuple[dict[str, Features], dict[int, str]]:
         """Features of up to ``batch_size`` images.
 
         Args:
@@ -71,33 +73,37 @@ class FrozenForward:
             self._images[i] = image
         self._images[n:] = 0
         batch = self._images.to(self.device, non_blocking=True)
-        features = self._run(batch, self.precision, n)
+        features = self._run(self._net, batch, n, self.precision)
         bad = _not_finite(features)
         if len(bad) and self.precision != "fp32":
-            full = self._run(batch, "fp32", n)
+            full = self._run(self._on_device("fp32"), batch, n, "fp32")
             for name, values in features.items():
                 values[bad] = full[name][bad]
             bad = _not_finite(features)
         refused = {int(i): _refusal({k: v[i] for k, v in features.items()}) for i in bad}
         return features, refused
 
-    def _run(self, batch: torch.Tensor, precision: str, n: int) -> dict[str, NDArray[np.floating]]:
-        autocast = torch.autocast(
-            self.device.type, compute_dtype(precision), enabled=precision != "fp32"
-        )
+    def _on_device(self, precision: str) -> FeatureNet:
+        """A copy of the network that computes in ``precision``."""
+        example = self.preprocess.normalise(self._images[:1])
+        return at_precision(self._full_net, precision, example).to(self.device)
+
+    def _run(
+        self, net: FeatureNet, batch: torch.Tensor, n: int, precision: str
+    ) -> dict[str, Features]:
         try:
-            with torch.inference_mode(), autocast:
-                outputs = self.net(self.preprocess.normalise(batch))
+            with torch.inference_mode():
+                outputs = net(self.preprocess.normalise(batch, input_dtype(precision)))
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"{self.device} has too little memory for batches of {self.batch_size}.\n"
                 f"  Use --batch-size {max(1, self.batch_size // 2)}."
             ) from error
         stored = [output[:n].to(self.storage).cpu().numpy() for output in outputs]
-        return dict(zip(self.net.layers, stored, strict=True))
+        return dict(zip(self.layers, stored, strict=True))
 
 
-def _not_finite(features: Mapping[str, NDArray[np.floating]]) -> NDArray[np.intp]:
+def _not_finite(features: Mapping[str, Features]) -> NDArray[np.intp]:
     """Indices of rows with a NaN or an infinity in any layer."""
     finite = [
         np.isfinite(values.reshape(len(values), -1)).all(axis=1) for values in features.values()
@@ -105,7 +111,7 @@ def _not_finite(features: Mapping[str, NDArray[np.floating]]) -> NDArray[np.intp
     return np.flatnonzero(~np.logical_and.reduce(finite))
 
 
-def _refusal(row: Mapping[str, NDArray[np.floating]]) -> str:
+def _refusal(row: Mapping[str, Features]) -> str:
     layers = [name for name, values in row.items() if not np.isfinite(values).all()]
     overflow = all(not np.isnan(values).any() for values in row.values())
     remedy = "; --dtype float32 can hold larger values" if overflow else ""

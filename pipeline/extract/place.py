@@ -39,8 +39,8 @@ def _holds(folder: Path, source: DataSource) -> bool:
     table = open_store(folder).table
     known = dict(zip(table.ids, table.sizes.tolist(), strict=True))
     compared = source.samples[:_COMPARED_SAMPLES]
-    same = sum(known.get(sample.id) == _size_bytes(sample.file) for sample in compared)
-    return same >= len(compared) / 2
+    same: int = sum(known.get(sample.id) == _size_bytes(sample.file) for sample in compared)
+    return 2 * same >= len(compared)
 
 
 def _size_bytes(file: str) -> int | None:

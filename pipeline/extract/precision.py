@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from pipeline.backbones.features import FeatureNet
+from pipeline.backbones.preprocess import Preprocess
 from pipeline.errors import UsageError
-
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from pipeline.extract.half import choose_bf16
 
 
 def resolve_device(device: str) -> torch.device:
@@ -38,29 +39,39 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """Name the arithmetic: "auto" takes the half precision that the device is fast in.
+def resolve_precision(
+    precision: str,
+    device: torch.device,
+    net: FeatureNet,
+    preprocess: Preprocess,
+    stages: Sequence[str],
+) -> str:
+    """Name the arithmetic: "auto" takes the fastest that the device has and the network bears.
+
+    Args:
+        precision: "auto", or what this function returned.
+        device: where the network will run.
+        net: frozen, float32, on the CPU.
+        preprocess: of its input.
+        stages: of its backbone, in the order in which they run.
 
     Returns:
-        "fp32", "bf16" or "fp16".
+        "fp32", "bf16", "fp16" or "bf16 after STAGE".
 
     Raises:
         UsageError: the device does not compute in the precision asked for.
     """
+    if precision == "fp16" and device.type == "cpu":
+        raise UsageError("CPUs are slow in fp16.\n  Use --precision bf16 or fp32.")
     if precision != "auto":
-        if precision == "fp16" and device.type == "cpu":
-            raise UsageError("CPUs are slow in fp16.\n  Use --precision bf16 or fp32.")
         return precision
+    if next(net.parameters(), None) is None:
+        return "fp32"  # nothing to compute: nothing to gain
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "fp16"  # as fast as bf16 there, and three bits more exact; overflow is caught
     if device.type == "cpu" and _cpu_has_bf16():
-        return "bf16"
+        return choose_bf16(net, preprocess, stages)
     return "fp32"
-
-
-def compute_dtype(precision: str) -> torch.dtype:
-    """The torch dtype of a resolved precision."""
-    return _DTYPES[precision]
 
 
 def _cpu_has_bf16() -> bool:
