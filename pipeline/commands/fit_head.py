@@ -11,7 +11,6 @@ import click
 
 from pipeline.commands.console import (
     Console,
-    Progress,
     format_seconds,
     output_options,
     printable,
@@ -20,6 +19,7 @@ from pipeline.errors import EXIT_DONE
 
 if TYPE_CHECKING:
     from pipeline.sweep.fit import HeadRun
+    from pipeline.sweep.selection import Trial
 
 _METRICS = {
     "top1": "top-1 [95 %]",
@@ -87,21 +87,17 @@ def command(
     """
     console = Console(as_json=as_json, quiet=quiet)
     from pipeline.sweep.fit import fit_head
-    from pipeline.sweep.grids import GRIDS
 
     names = [name.strip() for name in layers.split(",") if name.strip()] if layers else None
-    with Progress(
-        f"{head} on {len(stores)} store(s)", len(GRIDS.get(head, ())), quiet=quiet, unit="settings"
-    ) as progress:
-        run = fit_head(
-            stores,
-            head=head,
-            layers=names,
-            label=label,
-            scaling=scaling,
-            seed=seed,
-            on_fit=lambda: progress.advance(1),
-        )
+    run = fit_head(
+        stores,
+        head=head,
+        layers=names,
+        label=label,
+        scaling=scaling,
+        seed=seed,
+        on_trial=lambda trial: console.note(_trial_line(trial)),
+    )
     path = run.save(out, command=shlex.join(["tlpipe", *sys.argv[1:]]))
     console.document({"path": str(path)} | run.to_dict())
     _print_run(console, run)
@@ -109,6 +105,15 @@ def command(
     shown = shlex.quote(str(path))
     console.next_steps([f"tlpipe predict {shown} image.jpg", f"tlpipe inspect {shown}"])
     return EXIT_DONE
+
+
+def _trial_line(trial: Trial) -> str:
+    from pipeline.sweep.grids import describe_setting
+
+    found = f"top-1 {trial.top1:.3f}" if trial.top1 is not None else f"failed: {trial.failure}"
+    return printable(
+        f"  {describe_setting(trial.setting)}: {found}, {format_seconds(trial.seconds)}"
+    )
 
 
 def _print_run(console: Console, run: HeadRun) -> None:

@@ -141,7 +141,7 @@ def classify(
     embedded = []
     for block in bundle.inputs:
         embedder = embedder_for(
-            block.recipe, block.weights, block.layers, n_files=len(files), device=device
+            block.recipe, block.origin, block.layers, n_files=len(files), device=device
         )
         embedded.append(embed_files(embedder, files))
     failures = {i: why for one in embedded for i, why in one.failures.items()}

@@ -1,0 +1,87 @@
+"""Features -> head: one estimator a module, found by name here.
+
+Importing this package imports neither scikit-learn nor torch; a head's module is imported when
+the head is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UnknownNameError, UsageError
+
+if TYPE_CHECKING:
+    from pipeline.heads.base import Head
+
+__all__ = ["HEADS", "HeadSpec", "head_class", "make_head"]
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """Where a head lives and how the pipeline treats it.
+
+    Attributes:
+        module: module of ``pipeline.heads``.
+        class_name: the estimator in it.
+        summary: one line for people.
+        scaling: default scaling of its features, one of ``pipeline.heads.scaling.SCALINGS``.
+        calibrated: True where its scores are no log-probabilities that were fitted as such, so
+            that a temperature is fitted on the samples that choose its setting.
+    """
+
+    module: str
+    class_name: str
+    summary: str
+    scaling: str = "standardise"
+    calibrated: bool = False
+
+
+HEADS: dict[str, HeadSpec] = {
+    "logreg": HeadSpec("logistic", "LogisticHead", "multinomial logistic regression, L-BFGS"),
+    "linear": HeadSpec("linear", "LinearHead", "softmax layer trained with AdamW"),
+    "svm": HeadSpec("svm", "SVMHead", "support vectors, linear or RBF kernel", calibrated=True),
+    "mlp": HeadSpec("mlp", "MLPHead", "one hidden layer trained with AdamW"),
+    "ridge": HeadSpec("ridge", "RidgeHead", "least squares on ±1 targets", calibrated=True),
+    "knn": HeadSpec(
+        "knn", "KNNHead", "weighted votes of the nearest samples", scaling="l2", calibrated=True
+    ),
+    "prototype": HeadSpec(
+        "prototype", "PrototypeHead", "nearest class mean", scaling="none", calibrated=True
+    ),
+}
+
+
+def head_class(name: str) -> type[Head]:
+    """Return the estimator class called ``name``.
+
+    Raises:
+        UnknownNameError: no head has that name.
+    """
+    if name not in HEADS:
+        raise UnknownNameError("head", name, HEADS)
+    spec = HEADS[name]
+    found: type[Head] = getattr(import_module(f"pipeline.heads.{spec.module}"), spec.class_name)
+    return found
+
+
+def make_head(name: str, **params: Any) -> Head:
+    """Make an unfitted head.
+
+    Args:
+        name: a key of :data:`HEADS`.
+        params: the estimator's parameters; those not given keep their default.
+
+    Raises:
+        UnknownNameError: no head has that name.
+        UsageError: the head has no such parameter.
+    """
+    cls = head_class(name)
+    known = cls.parameter_names()
+    for param in params:
+        if param not in known:
+            raise UsageError(
+                f"Head {name!r} has no parameter {param!r}. It has: {', '.join(known)}."
+            )
+    return cls(**params)

@@ -1,0 +1,91 @@
+"""A head with all it needs to classify raw features: scaling before it, temperature after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import CorruptStoreError
+from pipeline.heads import head_class
+from pipeline.heads.base import Head, softmax
+from pipeline.heads.scaling import Scaler, scaler_from_arrays
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class HeadModel:
+    """A fitted model from features to class probabilities.
+
+    Attributes:
+        scaler: fitted scaling.
+        head: fitted estimator; its ``classes_`` are indices into ``classes``.
+        temperature: the scores are divided by it before the softmax.
+        classes: names of the classes; one that the head never saw gets probability zero.
+    """
+
+    scaler: Scaler
+    head: Head
+    temperature: float
+    classes: tuple[str, ...]
+
+    def logits(self, X: Array) -> NDArray[np.float64]:
+        """Scores (n_samples, n_classes) of raw features (n_samples, n_features)."""
+        scores = np.full((len(X), len(self.classes)), -np.inf)
+        if len(X):
+            scores[:, self.head.classes_] = self.head.logits(self.scaler(X))
+        return scores
+
+    def predict_proba(self, X: Array) -> NDArray[np.float64]:
+        """Probabilities (n_samples, n_classes) of raw features (n_samples, n_features)."""
+        return softmax(self.logits(X) / self.temperature)
+
+    def predict(self, X: Array) -> list[str]:
+        """The likeliest class of each sample."""
+        return [self.classes[code] for code in self.predict_proba(X).argmax(axis=1)]
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Everything that was learned but the temperature, as plain arrays."""
+        return {f"head.{name}": array for name, array in self.head.to_arrays().items()} | {
+            f"scaling.{name}": array for name, array in self.scaler.to_arrays().items()
+        }
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, Array],
+        *,
+        head: str,
+        params: Mapping[str, Any],
+        scaling: str,
+        widths: Sequence[int],
+        temperature: float,
+        classes: Sequence[str],
+    ) -> Self:
+        """Rebuild a saved model from its arrays and its card's fields.
+
+        Raises:
+            UnknownNameError: no head is called ``head``.
+            StoreError: arrays and fields do not fit each other.
+        """
+        rebuilt = head_class(head).from_arrays(params, _under("head.", arrays))
+        codes = rebuilt.classes_
+        if codes.dtype.kind not in "iu" or codes.min() < 0 or codes.max() >= len(classes):
+            raise CorruptStoreError(
+                f"The model's head knows classes {codes[:5]}…, but {len(classes)} are named."
+            )
+        if rebuilt.n_features_in_ != sum(widths):
+            raise CorruptStoreError(
+                f"The model's head takes {rebuilt.n_features_in_} features, "
+                f"but its inputs have {sum(widths)}."
+            )
+        scaler = scaler_from_arrays(scaling, widths, _under("scaling.", arrays))
+        return cls(scaler, rebuilt, temperature, tuple(classes))
+
+
+def _under(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
