@@ -101,9 +101,9 @@ def command(
     path = run.save(out, command=shlex.join(["tlpipe", *sys.argv[1:]]))
     console.document({"path": str(path)} | run.to_dict())
     _print_run(console, run)
-    console.result(str(path))
     shown = shlex.quote(str(path))
     console.next_steps([f"tlpipe predict {shown} image.jpg", f"tlpipe inspect {shown}"])
+    console.result(str(path))
     return EXIT_DONE
 
 

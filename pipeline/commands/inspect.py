@@ -155,4 +155,40 @@ def _split_summary(document: dict[str, Any]) -> str:
 
 
 def _inspect_run(console: Console, path: Path) -> None:
-    raise NotImplementedError
+    from pipeline.runs.folder import read_run
+
+    run = read_run(path)
+    console.document({"path": str(path), **run})
+    n_samples = ", ".join(f"{name} {n:,}" for name, n in run["n_samples"].items() if n)
+    facts = [
+        ("head", f"{run['head']}, {_setting(run['setting'])}"),
+        ("chosen by", f"{run['chosen_by']}, among {len(run['trials'])} settings"),
+        ("scaling", run["scaling"]),
+        ("features", ", ".join(run["stores"])),
+        ("layers", ", ".join(name for layers in run["layers"] for name in layers)),
+        ("label", f"{run['label']}, {len(run['classes'])} classes"),
+        ("samples", f"{n_samples} ({run['split_origin']})"),
+        ("converged", "yes" if run["converged"] else "no"),
+        ("seconds", str(run["seconds"]["total"])),
+        ("command", run.get("command", "")),
+    ]
+    console.result(str(path))
+    for name, value in facts:
+        console.result(f"  {name:<12} {printable(value)}")
+    console.table(
+        ["scored on", *next(iter(run["metrics"].values()), {})],
+        [
+            [split, *(_score(score) for score in scores.values())]
+            for split, scores in run["metrics"].items()
+        ],
+    )
+    for note in run["notes"]:
+        console.result(printable(note))
+
+
+def _setting(setting: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in setting.items())
+
+
+def _score(score: dict[str, float]) -> str:
+    return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"

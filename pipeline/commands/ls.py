@@ -41,7 +41,7 @@ def command(cache_dir: Path, runs_dir: Path, as_json: bool, quiet: bool) -> int:
     """
     console = Console(as_json=as_json, quiet=quiet)
     stores = list(_stores(cache_dir, console))
-    runs = list(_runs(runs_dir))
+    runs = list(_runs(runs_dir, console))
     console.document({"stores": stores, "runs": runs})
     if stores:
         console.table(
@@ -81,5 +81,20 @@ def _stores(cache_dir: Path, console: Console) -> Iterator[dict[str, Any]]:
         }
 
 
-def _runs(runs_dir: Path) -> Iterator[dict[str, Any]]:
-    raise NotImplementedError
+def _runs(runs_dir: Path, console: Console) -> Iterator[dict[str, Any]]:
+    from pipeline.runs.folder import RUN_FILE, read_run
+
+    for path in sorted(runs_dir.glob(f"*/*/{RUN_FILE}")):
+        try:
+            run = read_run(path.parent)
+        except StoreError as error:
+            console.note(f"Warning: {error}")
+            continue
+        split = run["scored_on"]
+        top1 = run["metrics"].get(split, {}).get("top1")
+        yield {
+            "path": str(path.parent),
+            "head": run["head"],
+            "split": split,
+            "top1": f"{top1['value']:.3f} [{top1['low']:.3f}, {top1['high']:.3f}]" if top1 else "",
+        }

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
+from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
 from pipeline.errors import TlpipeError
@@ -19,6 +21,7 @@ from pipeline.heads.model import HeadModel
 from pipeline.heads.scaling import Scaler, fit_scaler
 from pipeline.sweep.grids import Setting, describe_setting
 from pipeline.sweep.protocol import Fold, Protocol
+from pipeline.sweep.threads import one_thread_each
 
 Array = NDArray[Any]
 
@@ -32,7 +35,7 @@ class Trial:
 
     Attributes:
         setting: parameters of the head.
-        seconds: spent on fitting and scoring it.
+        seconds: of one core, spent on fitting and scoring it.
         top1: on the samples that choose; None where it failed or nothing chose.
         nll: likewise, in nats.
         temperature: fitted on the samples that choose, or 1.
@@ -112,12 +115,20 @@ def select_setting(
         return Selection(untried, [untried], rows, np.zeros((0, n_classes)))
     trials: list[Trial] = []
     best: tuple[Trial, NDArray[np.float64]] | None = None
-    for setting in settings:
-        trial, probabilities = _try(name, setting, folds, codes, n_classes)
-        trials.append(trial)
-        if probabilities is not None and (best is None or _rank(trial) > _rank(best[0])):
-            best = trial, probabilities
-        on_trial(trial)
+    tasks = (
+        delayed(_fit_fold)(name, setting, part, codes, n_classes)
+        for setting in settings
+        for part in folds
+    )
+    with one_thread_each():
+        outcomes = Parallel(n_jobs=-1, prefer="threads", return_as="generator")(tasks)
+        for setting in settings:
+            parts = list(islice(outcomes, len(folds)))
+            trial, probabilities = _judge(name, setting, parts, codes[rows])
+            trials.append(trial)
+            if probabilities is not None and (best is None or _rank(trial) > _rank(best[0])):
+                best = trial, probabilities
+            on_trial(trial)
     if best is None:
         reasons = "\n".join(
             f"  {describe_setting(trial.setting)}: {trial.failure}" for trial in trials
@@ -136,36 +147,52 @@ def _rank(trial: Trial) -> tuple[float, float]:
     return (trial.top1 or 0.0, -(trial.nll or 0.0))
 
 
-def _try(
-    name: str, setting: Setting, folds: Sequence[_ScaledFold], codes: Array, n_classes: int
-) -> tuple[Trial, NDArray[np.float64] | None]:
-    """Fit one setting on every fold; pooled probabilities, or None where it failed."""
+@dataclass(frozen=True)
+class _FoldOutcome:
+    """(n_choose, n_classes) logits, or why there are none."""
+
+    seconds: float
+    logits: Array | None = None
+    converged: bool = True
+    failure: str = ""
+
+
+def _fit_fold(
+    name: str, setting: Setting, part: _ScaledFold, codes: Array, n_classes: int
+) -> _FoldOutcome:
+    """Fit one setting on one fold and score the samples that choose."""
     started = time.perf_counter()
-    scores, converged = [], True
     try:
-        for part in folds:
-            head = make_head(name, **setting).fit(part.X_fit, codes[part.fold.fit])
-            converged &= head.converged_
-            block = np.full((len(part.X_choose), n_classes), -np.inf)
-            block[:, head.classes_] = head.logits(part.X_choose)
-            scores.append(block)
-        logits = np.concatenate(scores)
+        head = make_head(name, **setting).fit(part.X_fit, codes[part.fold.fit])
+        logits = np.full((len(part.X_choose), n_classes), -np.inf)
+        logits[:, head.classes_] = head.logits(part.X_choose)
         if np.isnan(logits).any():
             raise ArithmeticError("its scores are not numbers")
     except FIT_ERRORS as error:
         failure = f"{type(error).__name__}: {error}"
-        return Trial(setting, time.perf_counter() - started, failure=failure), None
-    truth = np.concatenate([codes[part.fold.choose] for part in folds])
+        return _FoldOutcome(time.perf_counter() - started, failure=failure)
+    return _FoldOutcome(time.perf_counter() - started, logits, head.converged_)
+
+
+def _judge(
+    name: str, setting: Setting, parts: Sequence[_FoldOutcome], truth: Array
+) -> tuple[Trial, NDArray[np.float64] | None]:
+    """Score one setting over its folds; pooled probabilities, or None where it failed."""
+    seconds = sum(part.seconds for part in parts)
+    failure = next((part.failure for part in parts if part.failure), "")
+    if failure:
+        return Trial(setting, seconds, failure=failure), None
+    logits = np.concatenate([part.logits for part in parts if part.logits is not None])
     temperature = fit_temperature(logits, truth) if HEADS[name].calibrated else 1.0
     probabilities = softmax(logits / temperature)
     scored = evaluate(truth, probabilities, n_resamples=0)
     trial = Trial(
         setting,
-        time.perf_counter() - started,
+        seconds,
         top1=scored["top1"].value,
         nll=scored["nll"].value,
         temperature=temperature,
-        converged=bool(converged),
+        converged=all(part.converged for part in parts),
     )
     return trial, probabilities
 

@@ -93,6 +93,7 @@ def train(
             {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
         ],
         lr=schedule.lr,
+        fused=True,
     )
     generator = torch.Generator().manual_seed(schedule.seed)
     sample_weight = torch.tensor(weights / weights.mean(), dtype=torch.float32)

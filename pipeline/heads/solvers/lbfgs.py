@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 
 from pipeline.heads.base import Array
 
@@ -110,14 +111,17 @@ def fit_linear(
         value += 0.5 / C * float(np.vdot(coef, coef))
         return value / total_weight, gradient.ravel() / total_weight
 
-    found = minimize(
-        objective,
-        np.zeros(n_outputs * (n_features + 1)),
-        jac=True,
-        method="L-BFGS-B",
-        # ftol near float64's noise: a slow stretch is not taken for the end.
-        options={"maxiter": max_iter, "maxfun": 4 * max_iter, "gtol": tol, "ftol": 1e-14},
-    )
+    # numpy and scipy bring a thread pool each, and these wait for work by spinning: taking turns,
+    # as they do here, each holds up the other. On two cores one thread was up to 8 × faster.
+    with threadpool_limits(1, user_api="blas"):
+        found = minimize(
+            objective,
+            np.zeros(n_outputs * (n_features + 1)),
+            jac=True,
+            method="L-BFGS-B",
+            # ftol near float64's noise: a slow stretch is not taken for the end.
+            options={"maxiter": max_iter, "maxfun": 4 * max_iter, "gtol": tol, "ftol": 1e-14},
+        )
     params = found.x.reshape(n_outputs, n_features + 1).astype(X.dtype)
     largest = float(np.abs(found.jac).max())
     # A line search that finds nothing below float32's noise (status 2) may have arrived too.
