@@ -75,7 +75,11 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     try:
-        code = cli.main(standalone_mode=False)
+        with cli.make_context("tlpipe", sys.argv[1:]) as context:
+            code = cli.invoke(context)
+        sys.stdout.flush()
+    except click.exceptions.Exit as end:
+        code = end.exit_code
     except TlpipeError as error:
         click.echo(f"Error: {error}", err=True)
         code = error.exit_code

@@ -124,7 +124,8 @@ def test_a_moved_or_copied_folder_still_hits(embed, photos, tmp_path, how):
     if how == "move":
         photos.rename(target)
     else:
-        shutil.copytree(photos, target, copy_function=shutil.copy2 if how == "copy" else shutil.copy)
+        copy = shutil.copy2 if how == "copy" else shutil.copy
+        shutil.copytree(photos, target, copy_function=copy)
     report = embed(target)
     assert (report.store, report.n_embedded, report.n_decoded) == (first.store, 0, 0)
 

@@ -1,5 +1,8 @@
 """What goes into a store comes out of it: aligned, current, and from one moment."""
 
+import contextlib
+from dataclasses import replace
+
 import h5py
 import numpy as np
 import pytest
@@ -91,14 +94,11 @@ def test_a_moved_store_reads_the_same(store_folder, ids, tmp_path):
 def test_what_was_committed_survives_a_writer_that_stops(tmp_path, ids):
     folder = tmp_path / "store"
 
-    class Stopped(Exception):
-        pass
-
-    with pytest.raises(Stopped), make_writer(folder, shard_rows=6) as writer:
+    with contextlib.suppress(ZeroDivisionError), make_writer(folder, shard_rows=6) as writer:
         writer.begin(table_of(ids))
         for sample_id in ids[:15]:
             writer.add(entry_of(sample_id), features_of(sample_id))
-        raise Stopped
+        1 / 0  # noqa: B018
     store = open_store(folder)
     assert store.ids() == ids[:12]
     np.testing.assert_array_equal(np.asarray(store.features()), expected(ids[:12]))
@@ -156,19 +156,13 @@ def test_a_failed_sample_has_a_reason_and_no_row(tmp_path):
     with make_writer(folder) as writer:
         writer.begin(table_of(["a/1.png", "a/bad.png", "a/2.png"]))
         writer.add(entry_of("a/1.png"), features_of("a/1.png"))
-        writer.fail(replace_reason(entry_of("a/bad.png"), "empty file (0 bytes)"))
+        writer.fail(replace(entry_of("a/bad.png"), reason="empty file (0 bytes)"))
         writer.add(entry_of("a/2.png"), features_of("a/2.png"))
         writer.finish()
     store = open_store(folder)
     assert store.ids() == ["a/1.png", "a/2.png"]
     assert store.failures == {"a/bad.png": "empty file (0 bytes)"}
     np.testing.assert_array_equal(np.asarray(store.features()), expected(["a/1.png", "a/2.png"]))
-
-
-def replace_reason(entry, reason):
-    from dataclasses import replace
-
-    return replace(entry, reason=reason)
 
 
 def test_relabelling_touches_no_shard(store_folder, ids):
