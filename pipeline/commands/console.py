@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -24,6 +25,25 @@ def output_options(function: F) -> F:
     return click.option("--quiet", is_flag=True, help="Print nothing on stderr but errors.")(
         function
     )
+
+
+cache_option = click.option(
+    "--cache",
+    "cache_dir",
+    type=click.Path(path_type=Path),
+    default=Path("cache"),
+    show_default=True,
+    envvar="TLPIPE_CACHE",
+    help="Folder of stores and written-out data sets.",
+)
+runs_option = click.option(
+    "--runs",
+    "runs_dir",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder of the fitted heads.",
+)
 
 
 class Console:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.commands.console import Console, Progress, format_seconds, output_options
+from pipeline.commands.console import (
+    Console,
+    Progress,
+    cache_option,
+    format_seconds,
+    output_options,
+    runs_option,
+)
 from pipeline.errors import EXIT_DONE
 
 if TYPE_CHECKING:
@@ -21,23 +28,8 @@ N_PREDICTED = 5
 
 
 @click.command()
-@click.option(
-    "--cache",
-    "cache_dir",
-    type=click.Path(path_type=Path),
-    default=Path("cache"),
-    show_default=True,
-    envvar="TLPIPE_CACHE",
-    help="Folder for the data set and the stores.",
-)
-@click.option(
-    "--runs",
-    "runs_dir",
-    type=click.Path(path_type=Path),
-    default=Path("runs"),
-    show_default=True,
-    help="Folder for the fitted heads.",
-)
+@cache_option
+@runs_option
 @output_options
 def command(cache_dir: Path, runs_dir: Path, as_json: bool, quiet: bool) -> int:
     """Embed 1,797 handwritten digits, fit heads on the features, classify some test images.

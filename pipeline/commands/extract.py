@@ -11,6 +11,7 @@ import click
 from pipeline.commands.console import (
     Console,
     Progress,
+    cache_option,
     format_bytes,
     format_seconds,
     output_options,
@@ -90,15 +91,7 @@ SHOWN_FAILURES = 20
     type=click.Path(path_type=Path),
     help="Folder that a manifest's paths are relative to; its own by default.",
 )
-@click.option(
-    "--cache",
-    "cache_dir",
-    type=click.Path(path_type=Path),
-    default=Path("cache"),
-    show_default=True,
-    envvar="TLPIPE_CACHE",
-    help="Folder for stores and written-out data sets.",
-)
+@cache_option
 @click.option(
     "--verify",
     type=click.Choice(["stat", "content"]),

@@ -8,28 +8,19 @@ from typing import Any
 
 import click
 
-from pipeline.commands.console import Console, format_bytes, output_options
+from pipeline.commands.console import (
+    Console,
+    cache_option,
+    format_bytes,
+    output_options,
+    runs_option,
+)
 from pipeline.errors import EXIT_DONE, StoreError
 
 
 @click.command()
-@click.option(
-    "--cache",
-    "cache_dir",
-    type=click.Path(path_type=Path),
-    default=Path("cache"),
-    show_default=True,
-    envvar="TLPIPE_CACHE",
-    help="Folder that holds the stores.",
-)
-@click.option(
-    "--runs",
-    "runs_dir",
-    type=click.Path(path_type=Path),
-    default=Path("runs"),
-    show_default=True,
-    help="Folder that holds the runs.",
-)
+@cache_option
+@runs_option
 @output_options
 def command(cache_dir: Path, runs_dir: Path, as_json: bool, quiet: bool) -> int:
     """List the feature stores of the cache and the runs.
