@@ -161,11 +161,14 @@ def _check_pooling(backbone: Backbone, layers: tuple[str, ...], pooling: str) ->
     if pooling not in POOLINGS:
         raise UnknownNameError("pooling", pooling, POOLINGS)
     if pooling != "avg" and layers == (PENULTIMATE,):
-        offer = backbone.stages[-1] if backbone.stages else "MODULE"
+        stages = (
+            backbone.stages if pooling != "cls" or _class_token(backbone.module) is not None else ()
+        )
+        remedy = f"Pooling applies to stages:  --layers {stages[-1]}" if stages else "Leave it out."
         raise UsageError(
             f'Pooling "{pooling}" has nothing to pool: "penultimate" is the vector that the '
             f"network's own classifier sees, already pooled.\n"
-            f"  Pooling applies to stages:  --layers {offer}"
+            f"  {remedy}"
         )
 
 

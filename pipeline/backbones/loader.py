@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.catalogue import parse_spec
@@ -29,8 +30,11 @@ def load_backbone(
     """
     if image_size is not None and image_size < 1:
         raise UsageError(f"The image size must be a positive number of pixels, found {image_size}.")
-    origin = {"spec": spec, "weights": weights, "image_size": image_size, "seed": seed}
-    return replace(_load(spec, weights, image_size, seed), origin=origin)
+    backbone = _load(spec, weights, image_size, seed)
+    file = Path(weights)
+    found_at = str(file.resolve()) if file.is_file() else weights
+    origin = {"spec": spec, "weights": found_at, "image_size": image_size, "seed": seed}
+    return replace(backbone, origin=origin)
 
 
 def _load(spec: str, weights: str, image_size: int | None, seed: int) -> Backbone:

@@ -6,6 +6,7 @@ A command's module is imported only when it runs, and heavy libraries only insid
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
@@ -14,7 +15,7 @@ from io import TextIOWrapper
 import click
 
 from pipeline import __version__
-from pipeline.errors import EXIT_INTERRUPTED, TlpipeError
+from pipeline.errors import EXIT_INTERRUPTED, ResourceError, TlpipeError
 
 COMMANDS = {
     "demo": "See the whole flow on a small built-in data set.",
@@ -81,7 +82,8 @@ def main() -> None:
     try:
         with cli.make_context("tlpipe", sys.argv[1:]) as context:
             code = cli.invoke(context)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except click.exceptions.Exit as end:
         code = end.exit_code
     except TlpipeError as error:
@@ -97,4 +99,10 @@ def main() -> None:
         # The reader of our output has gone: not a failure, and nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        click.echo(f"Error: no room for the output or a temporary file: {error}", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = ResourceError.exit_code
     sys.exit(code if isinstance(code, int) else 0)

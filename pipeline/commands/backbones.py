@@ -79,15 +79,16 @@ def _show_first_choices(console: Console) -> None:
 def _show_list(console: Console, names: list[str]) -> None:
     from pipeline.backbones.facts import backbone_facts
 
-    shown = [backbone_facts(name) for name in names[:MAX_ROWS]]
+    shown = [backbone_facts(name) for name in (names if console.as_json else names[:MAX_ROWS])]
     console.document({"n_matches": len(names), "backbones": [asdict(facts) for facts in shown]})
     console.table(
         ["name", "parameters", "features", "input", "weights here?"],
         [_row(facts) for facts in shown],
     )
-    if len(names) > MAX_ROWS:
+    if len(names) > len(shown):
         console.note(
-            f"{MAX_ROWS} of {len(names):,} matching names are shown; a longer PATTERN shows others."
+            f"{len(shown)} of {len(names):,} matching names are shown; a longer PATTERN shows "
+            "others, and --json all of them."
         )
 
 

@@ -6,9 +6,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,16 +75,22 @@ class Console:
     def document(self, value: Any) -> None:
         """Print the one JSON document of ``--json``; nothing otherwise."""
         if self.as_json:
-            click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+            click.echo(json.dumps(value, indent=2, default=str))
 
     def next_steps(self, commands: Iterable[str]) -> None:
         """Name the next commands to try, on stderr."""
         self.note("\nNext:")
+        activate = Path(sys.prefix) / "bin" / "activate"
+        if shutil.which("tlpipe") is None and activate.is_file():
+            self.note(f"  source {shlex.quote(os.path.relpath(activate))}")
         for command in commands:
             self.note(f"  {command}")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
-        """Print aligned columns on stdout; text from data is shown as it is, never as markup."""
+        """Print aligned columns on stdout; text from data is shown as it is, never as markup.
+
+        Cells are never folded: a path has to be copied in one piece.
+        """
         if self.as_json:
             return
         from rich.box import SIMPLE_HEAD
@@ -90,13 +100,12 @@ class Console:
 
         table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
         for column in columns:
-            table.add_column(Text(column), overflow="fold")
+            table.add_column(Text(column), no_wrap=True)
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        console = RichConsole(file=sys.stdout, highlight=False)
-        if not console.is_terminal:
-            console.width = 200
-        console.print(table)
+        lines = StringIO()
+        RichConsole(file=lines, width=100_000).print(table)
+        click.echo("\n".join(line.rstrip() for line in lines.getvalue().splitlines()))
 
 
 class Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from pipeline.commands.console import (
 from pipeline.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SKIPPED
 
 if TYPE_CHECKING:
+    from pipeline.data import DataSource
     from pipeline.extract.extractor import ExtractReport
 
 SHOWN_FAILURES = 20
@@ -84,7 +86,11 @@ SHOWN_FAILURES = 20
     help="Share of each class held out for test where no split is given.",
 )
 @click.option(
-    "--seed", default=0, show_default=True, help="Decides made splits, --limit and random weights."
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Decides made splits, --limit and random weights.",
 )
 @click.option(
     "--root",
@@ -124,9 +130,9 @@ def command(
     """Embed the images of DATA with a frozen backbone into a feature store.
 
     DATA is a folder with a folder of images for each class, a folder with train/ and test/ of
-    such, a flat folder, a .csv or .parquet manifest (path, label, split), digits, fashion-mnist,
-    or torchvision:NAME. Images that are embedded already are not even decoded; run the same
-    command again after adding images or after an interruption.
+    such, a flat folder, a .csv or .parquet manifest (path, label, split), digits, fashion-mnist
+    (or fashion-mnist:FOLDER), or torchvision:NAME. Images that are embedded already are not even
+    decoded; run the same command again after adding images or after an interruption.
 
     \b
     Examples:
@@ -183,16 +189,28 @@ def command(
     if report.interrupted:
         console.note(f"\nInterrupted. Go on with:\n  {_command_line()}")
         return EXIT_INTERRUPTED
-    if source.label_columns:
-        console.next_steps([f"tlpipe fit-head {report.store}", f"tlpipe inspect {report.store}"])
-    else:
-        console.next_steps([f"tlpipe inspect {report.store}"])
+    console.next_steps(_next_steps(source, shlex.quote(str(report.store))))
     console.result(str(report.store))
     return EXIT_SKIPPED if report.failures else EXIT_DONE
 
 
+def _next_steps(source: DataSource, store: str) -> list[str]:
+    """Commands that will work on this store."""
+    columns = source.label_columns
+    if not columns:
+        return [f"tlpipe inspect {store}"]
+    chosen = "label" if "label" in columns else columns[0]
+    labels = {sample.labels[columns.index(chosen)] for sample in source.samples} - {None}
+    if len(labels) < 2:
+        return [f"tlpipe inspect {store}"]
+    option = "" if chosen == "label" or len(columns) == 1 else f" --label {shlex.quote(chosen)}"
+    return [f"tlpipe fit-head {store}{option}", f"tlpipe inspect {store}"]
+
+
 def _print(console: Console, report: ExtractReport) -> None:
     """Say what was done."""
+    from pipeline.store.manifest import read_manifest
+
     n_found = report.n_cached + report.n_linked
     console.note(
         f"{report.n_samples:,} samples: {n_found:,} found in the store, {report.n_embedded:,} "
@@ -200,10 +218,10 @@ def _print(console: Console, report: ExtractReport) -> None:
     )
     if report.n_linked:
         console.note(
-            f"{report.n_linked:,} of those found were read: their bytes are embedded already."
+            f"{report.n_linked:,} of those found are copies: their bytes are embedded already."
         )
     if not report.n_decoded:
-        console.note("Nothing was decoded: every feature was there.")
+        console.note("Nothing was decoded.")
     if report.n_removed:
         console.note(f"{report.n_removed:,} samples left the data source and the store's list.")
     for note, n in report.notes.items():
@@ -213,8 +231,10 @@ def _print(console: Console, report: ExtractReport) -> None:
         for sample_id, reason in list(report.failures.items())[:SHOWN_FAILURES]:
             console.note(f"  {printable(sample_id)}: {reason}")
         if len(report.failures) > SHOWN_FAILURES:
-            console.note(f"  … all of them:  tlpipe inspect {report.store} --failures")
-    size_bytes = sum(path.stat().st_size for path in report.store.rglob("*.h5"))
+            console.note(
+                f"  … all of them:  tlpipe inspect {shlex.quote(str(report.store))} --failures"
+            )
+    size_bytes = read_manifest(report.store).size_bytes
     document: dict[str, Any] = {
         "store": str(report.store),
         "n_samples": report.n_samples,
@@ -235,6 +255,4 @@ def _print(console: Console, report: ExtractReport) -> None:
 
 def _command_line() -> str:
     """The command as the user typed it."""
-    import shlex
-
     return shlex.join(["tlpipe", *sys.argv[1:]])

@@ -52,6 +52,7 @@ _METRICS = {
 )
 @click.option(
     "--seed",
+    type=click.IntRange(min=0),
     default=0,
     show_default=True,
     help="Decides held-out parts, gradient steps and intervals.",

@@ -80,8 +80,7 @@ def describe_store(store: Store) -> dict[str, Any]:
         },
         "n_views": manifest.n_views,
         "n_shards": len(manifest.shards),
-        "size_bytes": sum(shard.size_bytes for shard in manifest.shards)
-        + (manifest.samples.size_bytes if manifest.samples else 0),
+        "size_bytes": manifest.size_bytes,
         "key": manifest.key,
         "recipe": manifest.recipe,
         "failures": store.failures,
@@ -105,6 +104,7 @@ def _print_store(console: Console, document: dict[str, Any]) -> None:
         ("samples", _sample_summary(document)),
         ("splits", _split_summary(document)),
         ("backbone", f"{recipe.get('backbone')}, weights {str(recipe.get('weights'))[:12]}"),
+        ("input", _input_summary(recipe)),
         ("precision", f"{recipe.get('precision')}, stored as {recipe.get('storage')}"),
         ("views", str(document["n_views"])),
         ("size", f"{format_bytes(document['size_bytes'])} in {document['n_shards']} shard(s)"),
@@ -137,6 +137,13 @@ def _print_store(console: Console, document: dict[str, Any]) -> None:
             console.result(f"  {printable(sample_id)}: {reason}")
         if len(document["failures"]) > SHOWN_CLASSES:
             console.result(f"  … all of them:  tlpipe inspect {document['path']} --failures")
+
+
+def _input_summary(recipe: dict[str, Any]) -> str:
+    preprocess = recipe.get("preprocess", {})
+    size = f"{preprocess.get('height')}×{preprocess.get('width')} px"
+    resize = f"resized to {preprocess.get('resize')}, {preprocess.get('interpolation')}"
+    return f"{size}, {resize}; pooling {recipe.get('pooling')}"
 
 
 def _sample_summary(document: dict[str, Any]) -> str:
@@ -175,11 +182,12 @@ def _inspect_run(console: Console, path: Path) -> None:
     console.result(str(path))
     for name, value in facts:
         console.result(f"  {name:<12} {printable(value)}")
+    metrics = run["metrics"]
     console.table(
-        ["scored on", *next(iter(run["metrics"].values()), {})],
+        ["metric", *metrics],
         [
-            [split, *(_score(score) for score in scores.values())]
-            for split, scores in run["metrics"].items()
+            [name, *(_score(scores[name]) for scores in metrics.values())]
+            for name in next(iter(metrics.values()), {})
         ],
     )
     for note in run["notes"]:

@@ -36,13 +36,19 @@ def command(cache_dir: Path, runs_dir: Path, as_json: bool, quiet: bool) -> int:
     console.document({"stores": stores, "runs": runs})
     if stores:
         console.table(
-            ["store", "backbone", "layers", "samples", "size"],
+            ["store", "pixels", "layers", "pooling", "samples", "size"],
             [
-                [s["path"], s["backbone"], str(len(s["layers"])), f"{s['n_samples']:,}",
-                 format_bytes(s["size_bytes"])]
+                [
+                    s["path"],
+                    s["input"],
+                    str(len(s["layers"])),
+                    s["pooling"],
+                    f"{s['n_with_features']:,} of {s['n_samples']:,}",
+                    format_bytes(s["size_bytes"]),
+                ]
                 for s in stores
             ],
-        )  # fmt: skip
+        )
     if runs:
         console.table(
             ["run", "head", "split", "top-1"],
@@ -55,20 +61,24 @@ def command(cache_dir: Path, runs_dir: Path, as_json: bool, quiet: bool) -> int:
 
 
 def _stores(cache_dir: Path, console: Console) -> Iterator[dict[str, Any]]:
-    from pipeline.store.manifest import read_manifest
+    from pipeline.store import open_store
 
     for path in sorted(cache_dir.glob("*/*/store.json")):
         try:
-            manifest = read_manifest(path.parent)
+            store = open_store(path.parent)
         except StoreError as error:
             console.note(f"Warning: {error}")
             continue
+        preprocess = store.recipe.get("preprocess", {})
         yield {
             "path": str(path.parent),
-            "backbone": str(manifest.recipe.get("backbone", "")),
-            "layers": list(manifest.layers),
-            "n_samples": manifest.samples.n if manifest.samples else 0,
-            "size_bytes": sum(shard.size_bytes for shard in manifest.shards),
+            "backbone": str(store.recipe.get("backbone", "")),
+            "input": f"{preprocess.get('height')}×{preprocess.get('width')}",
+            "layers": list(store.layers),
+            "pooling": str(store.recipe.get("pooling", "")),
+            "n_samples": len(store.table),
+            "n_with_features": len(store),
+            "size_bytes": store.manifest.size_bytes,
         }
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.commands.console import Console, output_options, printable
+from pipeline.commands.console import Console, Progress, output_options, printable
 from pipeline.errors import EXIT_DONE, EXIT_SKIPPED, DataError, UsageError
 
 if TYPE_CHECKING:
@@ -66,7 +66,11 @@ def command(
     from pipeline.runs.bundle import load_bundle
 
     bundle = load_bundle(run)
-    predictions, failures = classify(bundle, files, n_top=n_top, device=device)
+    with Progress("Embedding", quiet=quiet) as progress:
+        progress.start(len(files), len(files) * len(bundle.inputs))
+        predictions, failures = classify(
+            bundle, files, n_top=n_top, device=device, on_progress=progress.advance
+        )
     for file, reason in failures.items():
         console.note(f"Skipped {printable(file)}: {reason}")
     if not predictions:
@@ -120,7 +124,12 @@ def find_images(paths: Sequence[str]) -> list[str]:
 
 
 def classify(
-    bundle: Bundle, files: Sequence[str], *, n_top: int = 1, device: str = "auto"
+    bundle: Bundle,
+    files: Sequence[str],
+    *,
+    n_top: int = 1,
+    device: str = "auto",
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[list[Prediction], dict[str, str]]:
     """Embed files as the head's features were, and classify them.
 
@@ -129,6 +138,7 @@ def classify(
         files: images.
         n_top: classes an image.
         device: where the backbone runs.
+        on_progress: is told how many more images are done.
 
     Returns:
         One prediction for each image that can be read, in order; and why others cannot, by file.
@@ -143,7 +153,7 @@ def classify(
         embedder = embedder_for(
             block.recipe, block.origin, block.layers, n_files=len(files), device=device
         )
-        embedded.append(embed_files(embedder, files))
+        embedded.append(embed_files(embedder, files, on_progress))
     failures = {i: why for one in embedded for i, why in one.failures.items()}
     failed = {to_id(files[i]): why for i, why in sorted(failures.items())}
     usable = [i for i in range(len(files)) if i not in failures]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.backbones import load_backbone
-from pipeline.errors import MismatchError
+from pipeline.errors import MismatchError, WeightsError
 from pipeline.extract.extractor import Embedder, Settings
 
 MAX_BATCH_SIZE = 32
@@ -53,7 +53,13 @@ def embedder_for(
         MismatchError: weights, preprocessing or decoding differ from the recipe's.
         TlpipeError: the backbone cannot be loaded.
     """
-    backbone = load_backbone(**origin)
+    try:
+        backbone = load_backbone(**origin)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{error}\n  The head needs the weights {str(recipe['weights'])[:12]}…, which were "
+            f"{origin['weights']} when its features were extracted: put them back there."
+        ) from error
     settings = Settings(
         layers=tuple(layers),
         pooling=str(recipe["pooling"]),
@@ -74,7 +80,9 @@ def embedder_for(
     return embedder
 
 
-def embed_files(embedder: Embedder, files: Sequence[str]) -> Embedded:
+def embed_files(
+    embedder: Embedder, files: Sequence[str], on_progress: Callable[[int], None] = lambda _: None
+) -> Embedded:
     """Embed files in order; those that cannot be decoded are listed with the reason."""
     batches: list[dict[str, NDArray[np.floating]]] = []
     indices: list[int] = []
@@ -90,6 +98,7 @@ def embed_files(embedder: Embedder, files: Sequence[str]) -> Embedded:
         waiting.clear()
 
     for i, one in enumerate(embedder.load(iter(files), lambda _: False)):
+        on_progress(1)
         if one.pixels is None:
             failures[i] = one.failure
             continue

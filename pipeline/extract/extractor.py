@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 import pipeline
 from pipeline.backbones.backbone import Backbone, FeatureNet
+from pipeline.data.names import to_id
 from pipeline.data.samples import DataSource, Sample
 from pipeline.errors import DataError, EmptySourceError
 from pipeline.extract.fold import fold_batchnorm
 from pipeline.extract.forward import FrozenForward
 from pipeline.extract.loader import Loaded, load, load_in_order
-from pipeline.extract.place import check_writable, store_folder
+from pipeline.extract.place import check_writable, root_text, store_folder
 from pipeline.extract.plan import make_plan
 from pipeline.extract.precision import resolve_device, resolve_precision
 from pipeline.extract.recipe import build_recipe
@@ -207,8 +208,8 @@ def extract(
     folder = store_folder(cache_dir, source, embedder.recipe)
     described = {
         "name": source.name,
-        "spec": source.spec,
-        "root": str(source.root.resolve()),
+        "spec": to_id(source.spec),
+        "root": root_text(source),
         "layout": source.layout,
         "split_origin": source.split_origin,
     }

@@ -116,9 +116,11 @@ def load_inputs(
         ResourceError: the features do not fit into memory.
     """
     first = stores[0]
+    if len({store.path.resolve() for store in stores}) < len(stores):
+        raise UsageError("The same store was given twice; its features would only be repeated.")
     chosen = choose_layers(stores, layers)
     column = choose_label_column(first, label)
-    notes: list[str] = []
+    notes = [note for store in stores for note in _missing_notes(store)]
     labels = first.labels(column)
     rows = _usable_rows(first, labels, column, notes)
     rows_by_store = _join(stores, rows, notes)
@@ -137,6 +139,24 @@ def load_inputs(
         label_column=column,
         notes=notes,
     )
+
+
+def _missing_notes(store: Store) -> list[str]:
+    """What a user must know who takes the store for the whole data source."""
+    n_failed = len(store.failures)
+    n_pending = len(store.table) - len(store) - n_failed
+    notes = []
+    if n_pending:
+        notes.append(
+            f"Warning: {n_pending:,} of {counted(len(store.table), 'sample')} of {store.path} are "
+            "not embedded yet; run the same tlpipe extract again to finish it."
+        )
+    if n_failed:
+        notes.append(
+            f"{counted(n_failed, 'sample')} of {store.path} were skipped when it was extracted; "
+            f"see  tlpipe inspect {store.path} --failures"
+        )
+    return notes
 
 
 def choose_layers(stores: Sequence[Store], layers: Sequence[str] | None) -> list[tuple[str, ...]]:
@@ -189,7 +209,7 @@ def choose_label_column(store: Store, label: str | None) -> str:
         raise DataError(
             f"{store.path} has no labels, so there is nothing to learn.\n"
             "  Sort the images into one folder a class, or list them in a CSV file with the "
-            "columns path and label,\n  and extract again: no feature is computed twice."
+            "columns path and label,\n  and extract again."
         )
     if label is not None and label not in columns:
         raise UnknownNameError("label column", label, columns)

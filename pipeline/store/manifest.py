@@ -79,6 +79,12 @@ class Manifest:
     shards: tuple[FileInfo, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the shards and the samples table."""
+        files = self.shards if self.samples is None else (*self.shards, self.samples)
+        return sum(file.size_bytes for file in files)
+
     def with_shard(self, shard: FileInfo) -> Manifest:
         """The same store with one more shard."""
         return replace(self, shards=(*self.shards, shard))

@@ -279,3 +279,75 @@ def test_looking_around_needs_no_torch(here, made, words):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+
+
+def test_a_head_on_an_unfinished_store_says_what_is_missing(here, tlpipe):
+    from pipeline.backbones import load_backbone
+    from pipeline.data import open_source
+    from pipeline.extract.extractor import Settings, extract
+
+    (here / "photos" / "rose" / "zero.jpg").write_bytes(b"")
+    batches = iter([False, False, False, True])
+    report = extract(
+        open_source("photos"),
+        load_backbone("pixels:4"),
+        Settings(batch_size=8),
+        should_stop=lambda: next(batches),
+    )
+    assert report.interrupted
+    code, _, err = tlpipe("fit-head", report.store, "--head", "prototype")
+    assert code == 0
+    assert "9 of 41 samples" in err
+    assert "not embedded yet" in err
+    tlpipe("extract", "photos", "--backbone", "pixels:4")
+    err = tlpipe("fit-head", report.store, "--head", "prototype")[2]
+    assert "1 sample of" in err
+    assert "skipped when it was extracted" in err
+
+
+def test_a_renamed_folder_keeps_its_store(here, tlpipe):
+    first = tlpipe("extract", "photos", "--backbone", "pixels:4")[1]
+    (here / "photos").rename(here / "pictures")
+    code, out, err = tlpipe("extract", "pictures", "--backbone", "pixels:4")
+    assert (code, out) == (0, first)
+    assert "0 embedded" in err
+
+
+def test_names_that_are_not_utf8(here, tlpipe):
+    folder = here / os.fsdecode(b"caf\xe9")
+    (here / "photos").rename(folder)
+    code, out, err = tlpipe("extract", folder.name, "--backbone", "pixels:4")
+    assert code == 0, err
+    assert len(open_store(out.splitlines()[-1])) == 40
+
+
+def test_the_next_command_that_is_printed_works(here, tlpipe):
+    import shlex
+
+    lines = ["path,colour,kind"]
+    for path in sorted((here / "photos").rglob("*.jpg")):
+        lines.append(f"{path.relative_to(here).as_posix()},{path.parent.name},x{len(lines) % 2}")
+    (here / "my list.csv").write_text("\n".join(lines))
+    _, _, err = tlpipe("extract", "my list.csv", "--cache", "my cache", "--backbone", "pixels:4")
+    (step,) = [line.strip() for line in err.splitlines() if "tlpipe fit-head" in line]
+    assert tlpipe(*shlex.split(step)[1:])[0] == 0
+
+
+def test_weights_are_found_from_another_folder(here, tlpipe, monkeypatch):
+    import torch
+
+    from pipeline.backbones import load_backbone
+
+    backbone = load_backbone("resnet18", weights="random", image_size=32)
+    torch.save(backbone.module.state_dict(), "w.pth")
+    words = ["--backbone", "resnet18", "--weights", "w.pth", "--image-size", "32"]
+    store = tlpipe("extract", "photos", *words)[1].splitlines()[-1]
+    run = (here / tlpipe("fit-head", store, "--head", "ridge")[1].splitlines()[-1]).resolve()
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    assert tlpipe("predict", run, here / "photos" / "rose" / "00.jpg")[0] == 0
+    (here / "w.pth").unlink()
+    code, _, err = tlpipe("predict", run, here / "photos" / "rose" / "00.jpg")
+    assert code == 4
+    assert str(here / "w.pth") in err
+    assert "put them back there" in err

@@ -98,7 +98,7 @@ def test_without_any_split_everything_is_train(tmp_path, layers, labels):
 def test_store_without_labels_says_how_to_give_some(tmp_path, layers):
     store = make_store(tmp_path / "b", layers, {}, [""] * 12)
 
-    with pytest.raises(DataError, match=r"has no labels[^$]*one folder a class[^$]*twice"):
+    with pytest.raises(DataError, match=r"has no labels[^$]*one folder a class[^$]*extract again"):
         load_inputs([store])
 
 
