@@ -150,9 +150,7 @@ def classify(
 
     embedded = []
     for block in bundle.inputs:
-        embedder = embedder_for(
-            block.recipe, block.origin, block.layers, n_files=len(files), device=device
-        )
+        embedder = embedder_for(block.recipe, block.origin, n_files=len(files), device=device)
         embedded.append(embed_files(embedder, files, on_progress))
     failures = {i: why for one in embedded for i, why in one.failures.items()}
     failed = {to_id(files[i]): why for i, why in sorted(failures.items())}

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pipeline.backbones import load_backbone
 from pipeline.errors import MismatchError, WeightsError
 from pipeline.extract.extractor import Embedder, Settings
+from pipeline.extract.precision import resolve_device
 
 MAX_BATCH_SIZE = 32
 
@@ -35,7 +36,6 @@ class Embedded:
 def embedder_for(
     recipe: Mapping[str, Any],
     origin: Mapping[str, Any],
-    layers: Sequence[str],
     *,
     n_files: int,
     device: str = "auto",
@@ -45,7 +45,6 @@ def embedder_for(
     Args:
         recipe: of the store that a head was fitted on.
         origin: arguments of ``load_backbone``, from the store's provenance.
-        layers: those of the recipe's layers that are needed.
         n_files: how many files will be embedded; few files make small batches.
         device: where to run.
 
@@ -60,17 +59,20 @@ def embedder_for(
             f"{error}\n  The head needs the weights {str(recipe['weights'])[:12]}…, which were "
             f"{origin['weights']} when its features were extracted: put them back there."
         ) from error
+    device_type = resolve_device(device).type
+    precision = str(recipe["precision"])
     settings = Settings(
-        layers=tuple(layers),
+        layers=tuple(recipe["layers"]),
         pooling=str(recipe["pooling"]),
-        precision=str(recipe["precision"]),
+        precision="fp32" if device_type == "cpu" and precision == "fp16" else precision,
         storage=str(recipe["storage"]),
         device=device,
         batch_size=max(1, min(MAX_BATCH_SIZE, n_files)),
     )
     embedder = Embedder(backbone, settings)
     for field, value in embedder.recipe.items():
-        if field != "layers" and value != recipe.get(field):
+        # What a device cannot compute in, it may replace by something more exact.
+        if field != "precision" and value != recipe.get(field):
             raise MismatchError(
                 f"The head was fitted on features with {field} {_short(recipe.get(field))}, but "
                 f"{backbone.name} now gives {_short(value)}.\n"

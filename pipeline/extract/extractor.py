@@ -26,7 +26,7 @@ from pipeline.errors import DataError, EmptySourceError
 from pipeline.extract.fold import fold_batchnorm
 from pipeline.extract.forward import FrozenForward
 from pipeline.extract.loader import Loaded, load, load_in_order
-from pipeline.extract.place import check_writable, root_text, store_folder
+from pipeline.extract.place import check_writable, is_elsewhere, root_text, store_folder
 from pipeline.extract.plan import make_plan
 from pipeline.extract.precision import resolve_device, resolve_precision
 from pipeline.extract.recipe import build_recipe
@@ -213,11 +213,12 @@ def extract(
         "layout": source.layout,
         "split_origin": source.split_origin,
     }
+    moved = is_elsewhere(folder, source)
     report = ExtractReport(folder, n_samples=len(source.samples))
     with StoreWriter(
         folder, embedder.recipe, embedder.layers, described, provenance=embedder.provenance()
     ) as writer:
-        plan = make_plan(source, writer.table, verify_content=verify_content)
+        plan = make_plan(source, writer.table, verify_content=verify_content or moved)
         report.n_removed = plan.n_removed
         report.n_cached = len(source.samples) - len(plan.todo)
         if on_plan is not None:

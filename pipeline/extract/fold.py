@@ -40,7 +40,7 @@ def fold_batchnorm(net: Net, example: torch.Tensor) -> Net:
         for conv_name, norm_name in pairs:
             _fold(folded, conv_name, norm_name)
         for found, wanted in zip(folded(example), expected, strict=True):
-            if (found - wanted).norm() > _TOLERANCE * wanted.norm():
+            if not (found - wanted).norm() <= _TOLERANCE * wanted.norm():
                 return copy.deepcopy(net)
     return folded
 

@@ -47,11 +47,12 @@ class FrozenForward:
         self.storage = {"float16": torch.float16, "float32": torch.float32}[storage]
         self.batch_size = batch_size
         self.layers = net.layers
+        # Laid out as (n, height, width, 3), which is channels-last for a network.
         self._images = torch.zeros(
-            (batch_size, 3, preprocess.height, preprocess.width),
+            (batch_size, preprocess.height, preprocess.width, 3),
             dtype=torch.uint8,
             pin_memory=device.type == "cuda",
-        ).contiguous(memory_format=torch.channels_last)
+        ).permute(0, 3, 1, 2)
         self._full_net = net
         self._net = self._on_device(precision)
 

@@ -113,7 +113,7 @@ def _cast(net: nn.Module, dtype: torch.dtype, kept: set[str]) -> None:
     for name, module in net.named_modules():
         if name in kept:
             module.float().load_state_dict(exact[name].state_dict())
-        elif module._parameters:
+        elif module._parameters and not any(other.startswith(f"{name}.") for other in kept):
             module.register_forward_pre_hook(
                 lambda _, inputs: tuple(_as(value, dtype) for value in inputs)
             )

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from stat import S_ISREG
 
 import torch
 
@@ -17,6 +18,7 @@ from pipeline.errors import ImageError
 from pipeline.store.table import NO_DIGEST
 
 MAX_FILE_BYTES = 1_000_000_000
+_BINARY = getattr(os, "O_BINARY", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,13 @@ class Loaded:
 def load(file: str, preprocess: Preprocess, is_known: Callable[[bytes], bool]) -> Loaded:
     """Read, hash and, unless the bytes are known, decode and preprocess one image file."""
     try:
-        with open(file, "rb", buffering=0) as stream:  # noqa: PTH123 - names may not be UTF-8
-            stat = os.fstat(stream.fileno())
+        # Opening a pipe would wait for its other end, for ever.
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
+        stat = os.fstat(descriptor)
+        if not S_ISREG(stat.st_mode):
+            os.close(descriptor)
+            return Loaded(failure="not a file")
+        with os.fdopen(descriptor, "rb", buffering=0) as stream:
             if stat.st_size > MAX_FILE_BYTES:
                 return Loaded(failure=f"larger than {MAX_FILE_BYTES:,} bytes ({stat.st_size:,})")
             data = stream.read(-1)
@@ -58,9 +65,11 @@ def load(file: str, preprocess: Preprocess, is_known: Callable[[bytes], bool]) -
         return Loaded(*facts)
     try:
         image = decode_image(data)
+        return Loaded(*facts, pixels=preprocess(image.pixels), notes=image.notes)
     except ImageError as error:
         return Loaded(*facts, failure=str(error))
-    return Loaded(*facts, pixels=preprocess(image.pixels), notes=image.notes)
+    except MemoryError:
+        return Loaded(*facts, failure="too large for the memory that is left")
 
 
 def load_in_order(

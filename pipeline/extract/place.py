@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pipeline.store.key import recipe_key
 from pipeline.store.manifest import is_store, read_manifest
 from pipeline.store.reader import open_store
 
-_COMPARED_SAMPLES = 1000
+_COMPARED_SAMPLES = 16
 
 
 def store_folder(cache_dir: Path, source: DataSource, recipe: dict[str, Any]) -> Path:
@@ -41,28 +42,41 @@ def root_text(source: DataSource) -> str:
     return to_id(str(source.root.resolve()))
 
 
+def is_elsewhere(folder: Path, source: DataSource) -> bool:
+    """Whether the store was made from another place: sizes and times then prove nothing."""
+    return is_store(folder) and read_manifest(folder).source.get("root") != root_text(source)
+
+
 def _was_renamed(folder: Path, source: DataSource) -> bool:
     """Whether the store is of this data source under a name that no longer exists."""
-    if not is_store(folder):
+    try:
+        root = str(read_manifest(folder).source.get("root"))
+        return not Path(root).exists() and _holds(folder, source)
+    except StoreError:  # a damaged store of other data is no concern of this run
         return False
-    root = str(read_manifest(folder).source.get("root"))
-    return not Path(root).exists() and _holds(folder, source)
 
 
 def _holds(folder: Path, source: DataSource) -> bool:
-    """Whether the store in ``folder`` is of this data source."""
-    if read_manifest(folder).source.get("root") == root_text(source):
+    """Whether the store in ``folder`` is of this data source, by the content of some files."""
+    if not is_elsewhere(folder, source):
         return True
     table = open_store(folder).table
-    known = dict(zip(table.ids, table.sizes.tolist(), strict=True))
-    compared = source.samples[:_COMPARED_SAMPLES]
-    same: int = sum(known.get(sample.id) == _size_bytes(sample.file) for sample in compared)
-    return 2 * same >= len(compared)
+    position = {sample_id: i for i, sample_id in enumerate(table.ids)}
+    step = max(1, len(source.samples) // _COMPARED_SAMPLES)
+    compared = same = 0
+    for sample in source.samples[::step]:
+        i = position.get(sample.id)
+        digest = None if i is None else _digest(sample.file)
+        compared += 1
+        same += digest is not None and digest == table.digests[i].tobytes()
+    return 2 * same > compared
 
 
-def _size_bytes(file: str) -> int | None:
+def _digest(file: str) -> bytes | None:
     try:
-        return os.stat(file).st_size  # noqa: PTH116 - names may not be UTF-8
+        if not stat.S_ISREG(os.stat(file).st_mode):  # noqa: PTH116 - names may not be UTF-8
+            return None
+        return hashlib.sha256(Path(file).read_bytes()).digest()
     except OSError:
         return None
 

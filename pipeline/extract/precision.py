@@ -24,10 +24,10 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(
-            f"Unknown device {device!r}. Known: auto, cpu, cuda, cuda:N, mps."
-        ) from error
+    except RuntimeError:
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"Unknown device {device!r}. Known: auto, cpu, cuda, cuda:N, mps.")
     if found.type == "cuda" and not torch.cuda.is_available():
         built = torch.version.cuda
         why = "its driver is missing or too old" if built else "this torch was built without CUDA"

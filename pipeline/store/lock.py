@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -54,11 +55,13 @@ class WriterLock:
             "host": socket.gethostname(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        (self._folder / HOLDER_FILE).write_text(json.dumps(holder), encoding="utf-8")
+        with contextlib.suppress(OSError):  # only says who; the lock itself is held
+            (self._folder / HOLDER_FILE).write_text(json.dumps(holder), encoding="utf-8")
 
     def release(self) -> None:
         """Give the lock back."""
-        (self._folder / HOLDER_FILE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (self._folder / HOLDER_FILE).unlink(missing_ok=True)
         self._lock.release()
 
     def _holder(self) -> str:

@@ -119,7 +119,10 @@ class Manifest:
 
 def is_store(path: Path) -> bool:
     """Whether ``path`` is a folder with a ``store.json``."""
-    return (path / MANIFEST_FILE).is_file()
+    try:
+        return (path / MANIFEST_FILE).is_file()
+    except OSError:
+        return False
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -28,7 +28,7 @@ def write_view(folder: Path, manifest: Manifest, table: SampleTable) -> None:
     """Write ``features.h5``; it is removed where it would need too many runs to be useful."""
     ready = table.ready
     runs = _runs(table.shards[ready], table.rows[ready])
-    if len(runs) > MAX_RUNS:
+    if len(runs) * len(manifest.layers) > MAX_RUNS:
         (folder / VIEW_FILE).unlink(missing_ok=True)
         return
 
@@ -37,18 +37,32 @@ def write_view(folder: Path, manifest: Manifest, table: SampleTable) -> None:
         file.attrs["samples"] = "" if manifest.samples is None else manifest.samples.sha256
         file.attrs["recipe"] = canonical_json(manifest.recipe).decode()
         text = h5py.string_dtype()
-        file.create_dataset("id", data=[table.ids[i] for i in ready], dtype=text, shape=ready.shape)
+        ids = [_without_nul(table.ids[i]) for i in ready]
+        file.create_dataset("id", data=ids, dtype=text, shape=ready.shape)
         names = np.array(SPLIT_NAMES, dtype=object)
         file.create_dataset("split", data=names[table.splits[ready]], dtype=text)
         for name, column in table.labels.items():
-            labels = ["" if label is None else label for label in column.decode(ready)]
-            file.create_dataset(f"label/{name}", data=labels, dtype=text, shape=ready.shape)
+            labels = [
+                "" if label is None else _without_nul(label) for label in column.decode(ready)
+            ]
+            file.create_dataset(_label_path(name), data=labels, dtype=text, shape=ready.shape)
         features = file.create_group("features", track_order=True)
         for name, layer in manifest.layers.items():
             layout = _layout(manifest, name, layer, runs, len(ready))
             features.create_virtual_dataset(name, layout)
 
     write_durably(folder / VIEW_FILE, build_file(KIND, fill))
+
+
+def _label_path(column: str) -> str:
+    """Where a label column is; ``/`` and ``.`` mean something to HDF5 and are escaped."""
+    name = _without_nul(column).replace("/", "%2F")
+    return "label/" + (name.replace(".", "%2E") if set(name) <= {"."} else name)
+
+
+def _without_nul(text: str) -> str:
+    """HDF5 ends a string at a NUL."""
+    return text.replace("\0", "\\0")
 
 
 def view_is_current(folder: Path, manifest: Manifest) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import MismatchError
+from pipeline.errors import CorruptStoreError, MismatchError
 from pipeline.store.durable import TEMPORARY_SUFFIX, write_durably, write_error
 from pipeline.store.key import recipe_key
 from pipeline.store.lock import WriterLock
@@ -21,7 +21,7 @@ from pipeline.store.samples_file import samples_file_bytes
 from pipeline.store.shard import LogEntry, read_digests, shard_bytes
 from pipeline.store.state import SHARD_FOLDER, apply_log, check_file, load_table, shard_path
 from pipeline.store.table import SampleTable, Status
-from pipeline.store.view import view_is_current, write_view
+from pipeline.store.view import VIEW_FILE, view_is_current, write_view
 
 SHARD_BYTES = 64_000_000
 SHARD_ROWS = 8192
@@ -100,6 +100,8 @@ class StoreWriter:
     def _open(self) -> None:
         self.manifest = self._new
         self.table: SampleTable | None = None
+        self._digests, self._features, self._pending_bytes = [], [], 0
+        self._log, self._row_of_digest = [], None
         if is_store(self.folder):
             found = read_manifest(self.folder)
             if found.key != self._new.key:
@@ -109,8 +111,16 @@ class StoreWriter:
                 )
             self.table = load_table(self.folder, found)
             self.manifest = replace(found, source=self._new.source, provenance=self._new.provenance)
+        elif any((self.folder / SHARD_FOLDER).glob("*.h5")):
+            raise CorruptStoreError(
+                f"{self.folder} holds shards but no store.json, which is written before any shard."
+                "\n  Restore store.json from a backup, or move the folder aside to start anew."
+            )
         self._index = self._index_table()
-        self._sweep()
+        try:
+            self._sweep()
+        except OSError as error:
+            raise write_error(self.folder / SHARD_FOLDER, error) from error
 
     def _index_table(self) -> dict[str, int]:
         ids = [] if self.table is None else self.table.ids
@@ -215,6 +225,8 @@ class StoreWriter:
         number = 1 if old is None else old.number + 1
         samples = _file_info(f"samples-{number:06d}.h5", data, len(table))
         write_durably(self.folder / samples.file, data)
+        # The view shows the table that is about to be replaced: better none than a stale one.
+        (self.folder / VIEW_FILE).unlink(missing_ok=True)
         self.manifest = replace(self.manifest, samples=samples, folded=self._next_number - 1)
         self.manifest.write(self.folder)
         if self.table is not table:
@@ -227,7 +239,7 @@ class StoreWriter:
         """Remove what an interrupted writer left behind; nobody else writes, we hold the lock."""
         shards = {shard.file for shard in self.manifest.shards}
         for path in (self.folder / SHARD_FOLDER).iterdir():
-            if path.name not in shards:
+            if path.name not in shards and path.is_file():
                 path.unlink()
         samples = None if self.manifest.samples is None else self.manifest.samples.file
         for path in self.folder.glob("samples-*.h5"):

@@ -367,3 +367,92 @@ def test_a_cache_that_is_a_file(photos, pixels, tmp_path):
 def test_settings_that_cannot_be(embed, photos, resnet, settings, message):
     with pytest.raises(UsageError, match=message):
         embed(photos, resnet, settings)
+
+
+@pytest.mark.parametrize("old_is_gone", [True, False])
+def test_another_folder_with_the_same_names_sizes_and_times_is_not_mistaken(
+    embed, tmp_path, old_is_gone
+):
+    """Uncompressed frames are all of one size, and archives carry one time."""
+    folders = [tmp_path / name / "frames" for name in ("a", "b")]
+    for k, folder in enumerate(folders):
+        for i in range(6):
+            path = write_image(folder / "x" / f"{i}.bmp", seed=10 * k + i)
+            os.utime(path, (1, 1))
+    first = embed(folders[0])
+    before = features_by_id(first)
+    if old_is_gone:
+        shutil.rmtree(folders[0])
+        folders[1] = folders[1].rename(tmp_path / "b" / "other")
+    second = embed(folders[1])
+    assert second.store != first.store
+    assert second.n_embedded == 6
+    for name, row in features_by_id(second).items():
+        assert not np.array_equal(row, before[name])
+    for name, row in features_by_id(first).items():
+        np.testing.assert_array_equal(row, before[name])
+
+
+def test_shards_without_a_manifest_are_never_swept(embed, photos):
+    report = embed(photos)
+    (report.store / "store.json").rename(report.store / "kept.json")
+    with pytest.raises(StoreError, match=r"holds shards but no store\.json"):
+        embed(photos)
+    (report.store / "kept.json").rename(report.store / "store.json")
+    assert embed(photos).n_cached == 12
+
+
+def test_a_damaged_store_of_other_data_is_no_concern(embed, photos, tmp_path):
+    broken = embed(photos).store
+    (broken / "store.json").write_text("{")
+    other = tmp_path / "more"
+    write_image(other / "1.png", seed=3)
+    assert embed(other).n_embedded == 1
+
+
+def test_the_view_never_shows_what_the_store_no_longer_serves(embed, photos):
+    report = embed(photos)
+    for i, path in enumerate(sorted(photos.rglob("*.png"))):
+        write_image(path, seed=200 + i)
+
+    def die(_):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        embed(photos, on_progress=die)
+    assert len(open_store(report.store)) == 0
+    assert not (report.store / "features.h5").exists()
+
+
+def test_a_pipe_in_a_manifest_is_skipped(embed, photos, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("path,label\nphotos/cat/00.png,a\npipe.jpg,b\n")
+    assert embed(manifest).failures == {"pipe.jpg": "not a file"}
+
+
+@pytest.mark.parametrize("columns", ["a,a/b", ".,..", "x/,y"])
+def test_label_columns_that_hdf5_would_stumble_over(embed, photos, tmp_path, columns):
+    manifest = tmp_path / "m.csv"
+    manifest.write_text(f"path,{columns}\nphotos/cat/00.png,1,2\nphotos/cat/02.png,3,4\n")
+    store = open_store(embed(manifest).store)
+    assert store.labels(columns.split(",")[0]).tolist() == ["1", "3"]
+    assert (store.path / "features.h5").exists()
+
+
+@pytest.mark.parametrize("recipe_change", [{}, {"precision": "fp16"}])
+def test_a_head_can_predict_whatever_the_store_was_made_with(embed, photos, resnet, recipe_change):
+    from pipeline.extract.embed import embed_files, embedder_for
+
+    settings = Settings(layers=("layer2", "penultimate"), pooling="max", batch_size=4)
+    store = open_store(embed(photos, resnet, settings).store)
+    recipe = {**store.recipe, **recipe_change}
+    origin = store.manifest.provenance["backbone"]
+    embedder = embedder_for(recipe, origin, n_files=12, device="cpu")
+    found = embed_files(embedder, [str(photos / name) for name in store.ids()])
+    stored = np.asarray(store.features(layers=["penultimate"])).astype(np.float32)
+    fresh = found.layers["penultimate"].astype(np.float32)
+    cosine = (
+        (fresh * stored).sum(1) / np.linalg.norm(fresh, axis=1) / np.linalg.norm(stored, axis=1)
+    )
+    assert cosine.min() > 0.999

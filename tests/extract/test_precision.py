@@ -159,3 +159,13 @@ def test_the_backbone_itself_is_never_touched():
 def test_without_a_gpu_auto_is_the_cpu():
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         assert resolve_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("spec", ["vit_b_32", "timm:vit_tiny_patch16_224", "mobilenet_v2"])
+def test_leading_stages_can_stay_in_float32_in_any_network(spec):
+    backbone = load_backbone(spec, weights="random")
+    example = torch.randn(1, 3, backbone.preprocess.height, backbone.preprocess.width)
+    net = backbone.feature_net()
+    mixed = at_precision(net, f"bf16 after {backbone.stages[1]}", example)
+    with torch.inference_mode():
+        assert torch.cosine_similarity(net(example)[0], mixed(example)[0]).min() > 0.99
