@@ -21,10 +21,10 @@ from pipeline.backbones.preprocess import Preprocess
 from pipeline.data.decode import decode_image
 
 MIN_COSINE = 0.999
-"""What half precision promises of every layer of any image, against float32."""
+"""What half precision is to keep of every layer, against float32; constant images may fall below."""
 
 _PROBE_COSINE = 0.9993
-"""What it must keep on the probe: other images are not the probe."""
+"""What it must keep on the photographs of the probe: other images are not the probe."""
 
 _MAX_FLOAT32_STAGES = 2
 _AFTER = " after "
