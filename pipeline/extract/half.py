@@ -21,7 +21,7 @@ from pipeline.backbones.preprocess import Preprocess
 from pipeline.data.decode import decode_image
 
 MIN_COSINE = 0.999
-"""What half precision is to keep of every layer, against float32; constant images may fall below."""
+"""What half precision is to keep of every layer, against float32; flat images may fall below."""
 
 _PROBE_COSINE = 0.9993
 """What it must keep on the photographs of the probe: other images are not the probe."""
