@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -77,12 +78,17 @@ class FrozenForward:
         features = self._run(self._net, batch, n, self.precision)
         bad = _not_finite(features)
         if len(bad) and self.precision != "fp32":
-            full = self._run(self._on_device("fp32"), batch, n, "fp32")
+            full = self._run(self._exact_net, batch, n, "fp32")
             for name, values in features.items():
                 values[bad] = full[name][bad]
             bad = _not_finite(features)
         refused = {int(i): _refusal({k: v[i] for k, v in features.items()}) for i in bad}
         return features, refused
+
+    @cached_property
+    def _exact_net(self) -> FeatureNet:
+        """The float32 network that batches are retried with; most runs never need it."""
+        return self._on_device("fp32")
 
     def _on_device(self, precision: str) -> FeatureNet:
         """A copy of the network that computes in ``precision``."""
