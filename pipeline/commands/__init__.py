@@ -24,6 +24,13 @@ COMMANDS = {
     "predict": "Classify new images with a fitted head.",
     "inspect": "Show what a feature store or a run holds.",
     "ls": "List the stores and runs in the cache.",
+    "verify": "Check a feature store byte by byte, and set damage aside.",
+    "relabel": "Change labels, splits and other columns without embedding again.",
+    "pack": "Put a feature store into one ordinary HDF5 file.",
+    "unpack": "Make a feature store of a packed file again.",
+    "export-features": "Write features and labels as .npy, Parquet or CSV.",
+    "compact": "Merge a store's small shards and drop rows that nothing uses.",
+    "gc": "Find what in the cache is left over, unreachable or old.",
     "backbones": "List the backbones that can be used.",
 }
 

@@ -31,8 +31,7 @@ from pipeline.extract.plan import make_plan
 from pipeline.extract.precision import resolve_device, resolve_precision
 from pipeline.extract.recipe import build_recipe
 from pipeline.store.manifest import LayerInfo
-from pipeline.store.shard import LogEntry
-from pipeline.store.table import Status
+from pipeline.store.table import LogEntry, Status
 from pipeline.store.writer import StoreWriter
 
 CPU_BATCH_SIZE = 32
@@ -231,7 +230,7 @@ def extract(
         table = writer.table
         assert table is not None
         failed = np.flatnonzero(table.statuses == Status.FAILED)
-        report.failures = {table.ids[i]: table.reasons[int(i)] for i in failed}
+        report.failures = {table.ids[i]: table.reasons[i] for i in failed.tolist()}
     report.seconds = time.perf_counter() - started
     if len(report.failures) == report.n_samples:
         raise DataError(

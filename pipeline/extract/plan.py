@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,11 +56,10 @@ def make_plan(source: DataSource, known: SampleTable | None, *, verify_content: 
         n_removed = len(known) - int(np.count_nonzero(old >= 0))
         current = np.flatnonzero(old >= 0)
         was = old[current]
-        unchanged = (
-            (known.statuses[was] == Status.OK)
-            & (known.sizes[was] == sizes[current])
-            & (known.mtimes[was] == mtimes[current])
-        )
+        same_file = (known.sizes[was] == sizes[current]) & (known.mtimes[was] == mtimes[current])
+        # What failed is tried again, and still known as failed until then.
+        failed = (known.statuses[was] == Status.FAILED) & (same_file | (known.sizes[was] < 0))
+        unchanged = ((known.statuses[was] == Status.OK) & same_file) | failed
         current, was = current[unchanged], was[unchanged]
         for column in (*_COLUMNS, "sizes", "mtimes"):
             getattr(table, column)[current] = getattr(known, column)[was]
@@ -83,9 +83,9 @@ def _stat(source: DataSource) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return sizes, mtimes
 
 
-def _positions(ids: list[str], known: list[str]) -> NDArray[np.intp]:
+def _positions(ids: list[str], known: Sequence[str]) -> NDArray[np.intp]:
     """(n,) where each id stands in ``known``; -1 for nowhere."""
-    if ids == known:
+    if len(ids) == len(known) and all(map(str.__eq__, ids, known)):
         return np.arange(len(ids))
     index = {sample_id: i for i, sample_id in enumerate(known)}
     return np.fromiter((index.get(i, -1) for i in ids), np.intp, count=len(ids))

@@ -12,13 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.store.reader import FeatureArray, Store, open_store
+    from pipeline.store.reader import Batch, FeatureArray, Store, open_store
     from pipeline.store.table import SampleTable, Status
     from pipeline.store.writer import StoreWriter
 
-__all__ = ["FeatureArray", "SampleTable", "Status", "Store", "StoreWriter", "open_store"]
+__all__ = ["Batch", "FeatureArray", "SampleTable", "Status", "Store", "StoreWriter", "open_store"]
 
 _HOME = {
+    "Batch": "reader",
     "FeatureArray": "reader",
     "SampleTable": "table",
     "Status": "table",

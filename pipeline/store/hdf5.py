@@ -7,10 +7,12 @@ anything of that shape is allocated.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, SupportsIndex, overload
 
 import h5py
 import numpy as np
@@ -18,19 +20,28 @@ from numpy.typing import DTypeLike, NDArray
 
 from pipeline.errors import CorruptStoreError, StoreFormatError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)
 CHUNK_BYTES = 2_000_000
 
+# Anything else could load a plugin, or grow out of a few bytes.
+_ALLOWED_FILTERS = {h5py.h5z.FILTER_FLETCHER32}
 
-def build_file(kind: str, fill: Callable[[h5py.File], None]) -> bytes:
+
+def build_file(kind: str, fill: Callable[[h5py.File], None]) -> memoryview:
     """The bytes of a new HDF5 file marked as ``kind`` and filled by ``fill``."""
     buffer = io.BytesIO()
+    write_file(buffer, kind, fill)
+    return buffer.getbuffer()
+
+
+def write_file(target: Path | io.BytesIO, kind: str, fill: Callable[[h5py.File], None]) -> None:
+    """Write an HDF5 file marked as ``kind`` and filled by ``fill``."""
     # v110 puts a checksum on every piece of metadata, and files from it open with HDF5 1.10.
-    with h5py.File(buffer, "w", libver=("v110", "v110")) as file:
+    with h5py.File(target, "w", libver=("v110", "v110")) as file:
         file.attrs["format"] = kind
         file.attrs["format_version"] = FORMAT_VERSION
         fill(file)
-    return buffer.getvalue()
 
 
 @contextmanager
@@ -38,24 +49,49 @@ def open_file(path: Path, kind: str) -> Iterator[h5py.File]:
     """Open the HDF5 file at ``path`` for reading and check that it is marked as ``kind``.
 
     Raises:
-        CorruptStoreError: it is not there or not readable as HDF5.
+        CorruptStoreError: it is not there or not readable as HDF5, or what is read from it is not.
         StoreFormatError: it is of another kind, or of a version this release does not read.
     """
     try:
-        file = h5py.File(path, "r", locking=False)
+        with h5py.File(path, "r", locking=False) as file:
+            found = attribute(file, "format")
+            if found != kind:
+                raise StoreFormatError(f"{path} is marked {found!r}, expected {kind!r}.")
+            check_version(path, attribute(file, "format_version"))
+            yield file
     except FileNotFoundError:
         raise CorruptStoreError(f"{path} is missing.") from None
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # what HDF5 raises for anything it cannot read
         raise CorruptStoreError(f"{path} cannot be read as HDF5: {error}") from error
-    with file:
-        found, version = file.attrs.get("format"), file.attrs.get("format_version")
-        if found != kind:
-            raise StoreFormatError(f"{path} is marked {found!r}, expected {kind!r}.")
-        if version != FORMAT_VERSION:
-            raise StoreFormatError(
-                f"{path} has format version {version}; this release reads {FORMAT_VERSION}."
-            )
-        yield file
+
+
+def check_version(path: Path, version: object) -> None:
+    """Refuse a file of a version that this release does not read.
+
+    Raises:
+        StoreFormatError: it is newer, or no version at all.
+    """
+    if version not in READ_VERSIONS or isinstance(version, bool):
+        raise StoreFormatError(
+            f"{path} has format version {version}; this release reads "
+            f"{READ_VERSIONS[0]} to {READ_VERSIONS[-1]}.\n"
+            "  A store of a newer release is read after:  pip install --upgrade tlpipe"
+        )
+
+
+def attribute(file: h5py.File, name: str) -> str | int | None:
+    """A scalar text or integer attribute of the file's root; None where there is no such."""
+    if name not in file.attrs:
+        return None
+    kind = file.attrs.get_id(name)
+    if kind.shape != () or not (
+        np.issubdtype(kind.dtype, np.integer) or h5py.check_string_dtype(kind.dtype)
+    ):
+        return None
+    value = file.attrs[name]
+    if isinstance(value, np.integer):
+        return int(value)
+    return value if isinstance(value, str) else None
 
 
 def chunk_rows(row_bytes: int, n_rows: int) -> int:
@@ -75,29 +111,46 @@ def dataset(
         StoreFormatError: it is missing, a link, stored elsewhere, or of another dtype or shape.
     """
     where = f"{group.file.filename}: {group.name.rstrip('/')}/{name}"
-    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+    found = _hard_linked(group, name)
+    if not isinstance(found, h5py.Dataset):
         raise StoreFormatError(f"{where} is missing or a link; a dataset was expected.")
-    found = group[name]
-    if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
+    plan = found.id.get_create_plist()
+    filters = {plan.get_filter(i)[0] for i in range(plan.get_nfilters())}
+    if found.external or found.is_virtual or not filters <= _ALLOWED_FILTERS:
         raise StoreFormatError(f"{where} is not a plain dataset of this file.")
-    fits = len(found.shape) == len(shape) and all(
-        want is None or want == have for want, have in zip(shape, found.shape, strict=True)
+    have = found.shape
+    fits = (
+        have is not None
+        and len(have) == len(shape)
+        and all(want is None or want == found for want, found in zip(shape, have, strict=True))
     )
-    if found.dtype != np.dtype(dtype) or not fits:
+    if not fits or found.dtype != np.dtype(dtype):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise StoreFormatError(
-            f"{where} is {found.dtype} {found.shape}, expected {np.dtype(dtype)} ({wanted})."
+            f"{where} is {found.dtype} {have}, expected {np.dtype(dtype)} ({wanted})."
         )
+    # A few bytes can promise terabytes, or zeros that nobody wrote.
+    size_bytes = math.prod(found.shape) * found.dtype.itemsize
+    if size_bytes > min(found.id.get_storage_size(), group.file.id.get_filesize()):
+        raise StoreFormatError(f"{where} promises {size_bytes:,} bytes, more than the file holds.")
     return found
 
 
 def group(parent: h5py.Group, name: str) -> h5py.Group:
     """The group ``name`` of ``parent``; a link or anything else is refused."""
-    if isinstance(parent.get(name, getlink=True), h5py.HardLink):
-        found = parent[name]
-        if isinstance(found, h5py.Group):
-            return found
-    raise StoreFormatError(f"{parent.file.filename}: {parent.name}{name} is not a group.")
+    found = _hard_linked(parent, name)
+    if not isinstance(found, h5py.Group):
+        raise StoreFormatError(f"{parent.file.filename}: {parent.name}{name} is not a group.")
+    return found
+
+
+def _hard_linked(parent: h5py.Group, name: str) -> Any:
+    """What is called ``name`` in this very file; None where nothing is, or a link elsewhere."""
+    try:
+        link = parent.get(name, getlink=True)
+        return parent[name] if isinstance(link, h5py.HardLink) else None
+    except (KeyError, TypeError, ValueError):  # a link or a type that HDF5 or h5py cannot make out
+        return None
 
 
 def write_strings(parent: h5py.Group, name: str, values: Sequence[str]) -> None:
@@ -110,22 +163,52 @@ def write_strings(parent: h5py.Group, name: str, values: Sequence[str]) -> None:
     target["offsets"] = offsets
 
 
-def read_strings(parent: h5py.Group, name: str, n: int | None = None) -> list[str]:
+def read_strings(parent: h5py.Group, name: str, n: int | None = None) -> Strings:
     """What :func:`write_strings` stored; ``n`` strings where the number is known."""
     source = group(parent, name)
-    offsets: NDArray[np.int64] = dataset(
-        source, "offsets", np.int64, (None if n is None else n + 1,)
-    )[:]
-    utf8: bytes = dataset(source, "utf8", np.uint8, (None,))[:].tobytes()
+    offsets = dataset(source, "offsets", np.int64, (None if n is None else n + 1,))[:]
+    utf8 = dataset(source, "utf8", np.uint8, (None,))[:]
+    where = f"{parent.file.filename}: {name}"
     if (
         len(offsets) == 0
         or offsets[0] != 0
         or offsets[-1] != len(utf8)
         or (np.diff(offsets) < 0).any()
     ):
-        raise StoreFormatError(f"{parent.file.filename}: the offsets of {name} do not fit.")
-    bounds = offsets.tolist()
+        raise StoreFormatError(f"{where}: the offsets do not fit.")
+    data = utf8.tobytes()
+    starts = offsets[offsets < len(utf8)]
     try:
-        return [utf8[start:end].decode() for start, end in pairwise(bounds)]
+        data.decode()
     except UnicodeDecodeError as error:
-        raise StoreFormatError(f"{parent.file.filename}: {name} is not UTF-8.") from error
+        raise StoreFormatError(f"{where} is not UTF-8.") from error
+    if (utf8[starts] & 0xC0 == 0x80).any():  # a string may not begin within a character
+        raise StoreFormatError(f"{where} is not UTF-8.")
+    return Strings(data, offsets)
+
+
+class Strings(Sequence[str]):
+    """Strings that stay UTF-8 bytes until they are asked for; a million open at once."""
+
+    def __init__(self, utf8: bytes, offsets: NDArray[np.int64]) -> None:
+        self._utf8 = utf8
+        self._offsets = offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> str: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> list[str]: ...
+
+    def __getitem__(self, key: SupportsIndex | slice) -> str | list[str]:
+        if isinstance(key, slice):
+            return [self[i] for i in range(*key.indices(len(self)))]
+        i = range(len(self))[key]
+        return self._utf8[self._offsets[i] : self._offsets[i + 1]].decode()
+
+    def __iter__(self) -> Iterator[str]:
+        for start, stop in pairwise(self._offsets.tolist()):
+            yield self._utf8[start:stop].decode()

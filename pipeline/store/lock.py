@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -17,6 +18,8 @@ from pipeline.store.durable import write_error
 LOCK_FILE = "store.lock"
 HOLDER_FILE = "writer.json"
 
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+
 
 class WriterLock:
     """The right to write to one store; taken by :meth:`acquire`, given back by :meth:`release`.
@@ -27,7 +30,8 @@ class WriterLock:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._lock = filelock.FileLock(folder / LOCK_FILE)
+        # A soft lock would outlive a killed holder: where the kernel has none, acquire() says so.
+        self._lock = filelock.FileLock(folder / LOCK_FILE, fallback_to_soft=False)
 
     def acquire(self) -> None:
         """Take the lock.
@@ -43,13 +47,13 @@ class WriterLock:
                 f"{self._folder} is being written by {self._holder()}.\n"
                 "  Wait until it is done, or stop that process; reading is possible at any time."
             ) from None
-        except NotImplementedError:
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                raise write_error(self._folder / LOCK_FILE, error) from error
             raise StoreError(
                 f"The file system of {self._folder} has no file locks, so two writers could not "
                 "be kept apart.\n  Keep the store on a local disk: --cache FOLDER."
-            ) from None
-        except OSError as error:
-            raise write_error(self._folder / LOCK_FILE, error) from error
+            ) from error
         holder = {
             "pid": os.getpid(),
             "host": socket.gethostname(),

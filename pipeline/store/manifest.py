@@ -1,26 +1,39 @@
-"""``store.json``: the one file that says which files are the store. Replacing it is the commit."""
+"""``store.json``: the one file that says which files are the store. Replacing it is the commit.
+
+``store.backup.json`` is a copy, written after it, from which ``tlpipe verify --repair`` can restore
+a damaged one.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.errors import CorruptStoreError, StoreError, StoreFormatError
 from pipeline.store.durable import write_durably
-from pipeline.store.hdf5 import FORMAT_VERSION
-from pipeline.store.key import canonical_json, recipe_key
+from pipeline.store.hdf5 import FORMAT_VERSION, check_version
+from pipeline.store.key import canonical_json, open_regular, recipe_key
 
 MANIFEST_FILE = "store.json"
+BACKUP_FILE = "store.backup.json"
 STORE_FORMAT = "tlpipe-feature-store"
 
-_SHARD_FILE = re.compile(r"\d{6,}\.h5")
-_SAMPLES_FILE = re.compile(r"samples-\d{6,}\.h5")
+_SHARD_FILE = re.compile(r"[0-9]{6,}\.h5")
+_SAMPLES_FILE = re.compile(r"samples-[0-9]{6,}\.h5")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FEATURE_DTYPES = ("float16", "float32")
+
+MAX_MANIFEST_BYTES = 100_000_000
+MAX_AXES = 8
+# Offset, digest, size, time, split, status, shard and row.
+_MIN_SAMPLE_BYTES = 66
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,11 @@ class FileInfo:
         return int(self.file.removesuffix(".h5").removeprefix("samples-"))
 
 
+def file_info(name: str, data: bytes | memoryview, n: int) -> FileInfo:
+    """What is recorded of a file that holds ``data``."""
+    return FileInfo(name, hashlib.sha256(data).hexdigest(), len(data), n)
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What ``store.json`` holds.
@@ -67,6 +85,9 @@ class Manifest:
         folded: highest shard number whose log is already in the samples table.
         shards: in the order in which they were written.
         provenance: versions, device, engine and the like; never part of the key.
+        relabelled: columns (and "split") that ``tlpipe relabel`` set, and from which file; a later
+            extraction keeps them.
+        next_shard: number of the next shard; none is ever used twice.
     """
 
     key: str
@@ -78,6 +99,8 @@ class Manifest:
     folded: int = 0
     shards: tuple[FileInfo, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
+    relabelled: dict[str, str] = field(default_factory=dict)
+    next_shard: int = 1
 
     @property
     def size_bytes(self) -> int:
@@ -87,7 +110,14 @@ class Manifest:
 
     def with_shard(self, shard: FileInfo) -> Manifest:
         """The same store with one more shard."""
-        return replace(self, shards=(*self.shards, shard))
+        return replace(self, shards=(*self.shards, shard), next_shard=shard.number + 1)
+
+    def row_bytes(self) -> int:
+        """Bytes of one sample's features, all layers and views."""
+        return self.n_views * sum(
+            math.prod(layer.shape) * np.dtype(layer.dtype).itemsize
+            for layer in self.layers.values()
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The JSON document, with its own checksum."""
@@ -106,6 +136,8 @@ class Manifest:
             "samples": None if self.samples is None else vars(self.samples),
             "folded": self.folded,
             "shards": [vars(shard) for shard in self.shards],
+            "next_shard": self.next_shard,
+            "relabelled": self.relabelled,
             "provenance": self.provenance,
         }
         document["checksum"] = _checksum(document)
@@ -115,6 +147,7 @@ class Manifest:
         """Commit: replace ``store.json`` by this."""
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
         write_durably(folder / MANIFEST_FILE, text.encode())
+        write_durably(folder / BACKUP_FILE, text.encode())
 
 
 def is_store(path: Path) -> bool:
@@ -125,69 +158,111 @@ def is_store(path: Path) -> bool:
         return False
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check ``store.json``.
+def read_manifest(folder: Path, name: str = MANIFEST_FILE) -> Manifest:
+    """Read and check ``store.json``, or its backup.
 
     Raises:
         StoreError: there is no store.
         StoreFormatError: the file is not a store's, or of a version this release does not read.
         CorruptStoreError: its bytes differ from what was written.
     """
-    path = folder / MANIFEST_FILE
+    path = folder / name
     try:
-        document = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            data = file.read(MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(
-            f"{folder} is not a feature store: it has no {MANIFEST_FILE}.\n"
+            f"{folder} is not a feature store: it has no {name}.\n"
             "  List the stores of the cache:  tlpipe ls"
         ) from None
     except OSError as error:
         raise StoreError(f"{path} cannot be read ({error.strerror}).") from error
+    try:
+        return parse_manifest(path, data)
+    except CorruptStoreError as error:
+        raise CorruptStoreError(
+            f"{error}\n  Restore it from its copy:  tlpipe verify {folder} --repair"
+        ) from error
+
+
+def parse_manifest(path: Path, data: bytes) -> Manifest:
+    """The manifest in ``data``, which came from ``path``; see :func:`read_manifest`."""
+    try:
+        document = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CorruptStoreError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != STORE_FORMAT:
         raise StoreFormatError(f"{path} is not a feature store of tlpipe.")
-    version = document.get("format_version")
-    if version != FORMAT_VERSION:
-        raise StoreFormatError(
-            f"{path} has format version {version}; this release reads {FORMAT_VERSION}.\n"
-            "  A store of a newer release is read after:  pip install --upgrade tlpipe"
-        )
-    if document.get("checksum") != _checksum(document):
-        raise CorruptStoreError(
-            f"{path} was changed after it was written: its checksum does not fit."
-        )
+    check_version(path, document.get("format_version"))
     try:
+        if document.get("checksum") != _checksum(document):
+            raise CorruptStoreError(
+                f"{path} was changed after it was written: its checksum does not fit."
+            )
         return _parse(document)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise StoreFormatError(
             f"{path} lacks a field or has one of another kind: {error}"
         ) from error
 
 
 def _parse(document: dict[str, Any]) -> Manifest:
-    layers = {}
-    for name in document["layer_order"]:
-        layer = document["layers"][name]
-        shape = tuple(_natural(n) for n in layer["shape"])
-        if layer["dtype"] not in _FEATURE_DTYPES:
-            raise ValueError(f"dtype {layer['dtype']!r} of layer {name!r}")
-        layers[str(name)] = LayerInfo(shape, layer["dtype"])
     recipe = dict(document["recipe"])
     if document["key"] != recipe_key(recipe):
         raise ValueError("the key is not that of the recipe")
     samples = document["samples"]
-    return Manifest(
+    shards = tuple(_file_info(shard, _SHARD_FILE) for shard in document["shards"])
+    last = max((shard.number for shard in shards), default=0)
+    if document["format_version"] == 1:
+        document = {**document, "next_shard": last + 1, "relabelled": {}}
+    manifest = Manifest(
         key=document["key"],
         recipe=recipe,
-        layers=layers,
+        layers={_layer_name(name): _layer(document, name) for name in document["layer_order"]},
         n_views=_natural(document["n_views"]),
         source=dict(document["source"]),
         samples=None if samples is None else _file_info(samples, _SAMPLES_FILE),
         folded=_natural(document["folded"]),
-        shards=tuple(_file_info(shard, _SHARD_FILE) for shard in document["shards"]),
+        shards=shards,
         provenance=dict(document["provenance"]),
+        relabelled={str(k): str(v) for k, v in dict(document["relabelled"]).items()},
+        next_shard=_natural(document["next_shard"]),
     )
+    _check_counts(manifest, last)
+    return manifest
+
+
+def _check_counts(manifest: Manifest, last: int) -> None:
+    """Nothing may be promised that the files are too small to hold."""
+    if len({shard.number for shard in manifest.shards}) != len(manifest.shards):
+        raise ValueError("a shard is listed twice")
+    if not manifest.layers or not manifest.n_views:
+        raise ValueError("there is no layer or no view")
+    if manifest.next_shard <= last or manifest.folded >= manifest.next_shard:
+        raise ValueError("next_shard or folded does not fit the shards")
+    for shard in manifest.shards:
+        if shard.n * (manifest.row_bytes() + 32) > shard.size_bytes:
+            raise ValueError(f"{shard.file} is too small for {shard.n:,} rows")
+    samples = manifest.samples
+    if samples is not None and samples.n * _MIN_SAMPLE_BYTES > samples.size_bytes:
+        raise ValueError(f"{samples.file} is too small for {samples.n:,} samples")
+
+
+def _layer_name(name: Any) -> str:
+    # HDF5 reads "/" and "." in a name as a path.
+    if not isinstance(name, str) or not name or set(name) <= {"."} or set(name) & {"/", "\0"}:
+        raise ValueError(f"layer name {name!r}")
+    return name
+
+
+def _layer(document: dict[str, Any], name: str) -> LayerInfo:
+    layer = document["layers"][name]
+    shape = tuple(_natural(n) for n in layer["shape"])
+    if layer["dtype"] not in _FEATURE_DTYPES:
+        raise ValueError(f"dtype {layer['dtype']!r} of layer {name!r}")
+    if not 1 <= len(shape) <= MAX_AXES or 0 in shape:
+        raise ValueError(f"shape {shape} of layer {name!r}")
+    return LayerInfo(shape, layer["dtype"])
 
 
 def _file_info(value: dict[str, Any], name: re.Pattern[str]) -> FileInfo:
@@ -200,6 +275,8 @@ def _file_info(value: dict[str, Any], name: re.Pattern[str]) -> FileInfo:
     # A name with a folder in it could point outside the store.
     if not name.fullmatch(info.file) or not _SHA256.fullmatch(info.sha256):
         raise ValueError(f"file {info.file!r}")
+    if not 0 < info.number < 2**31:
+        raise ValueError(f"file number {info.number}")
     return info
 
 

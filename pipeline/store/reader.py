@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import CorruptStoreError, StoreFormatError, UnknownNameError, UsageError
 from pipeline.store.manifest import FileInfo, Manifest, read_manifest
-from pipeline.store.shard import open_features
+from pipeline.store.shard import open_features, read_digests
 from pipeline.store.state import check_file, load_table, shard_path
 from pipeline.store.table import SPLIT_NAMES, SampleTable, Status
 
@@ -44,9 +44,8 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest, self.table = _snapshot(path)
-        self._shards = {shard.number: shard for shard in self.manifest.shards}
-        self._checked: set[int] = set()
-        self._check_places()
+        self._shard_of, self._row_of = self.table.shards, self.table.rows.astype(np.intp)
+        self._use_shards(self.manifest)
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, n_samples={len(self)}, layers={list(self.layers)})"
@@ -93,11 +92,11 @@ class Store:
     def failures(self) -> dict[str, str]:
         """Why a sample has no features, by id."""
         failed = np.flatnonzero(self.table.statuses == Status.FAILED)
-        return {self.table.ids[i]: self.table.reasons.get(int(i), "") for i in failed}
+        return {self.table.ids[i]: self.table.reasons.get(i, "") for i in failed.tolist()}
 
     def ids(self, split: str | None = None) -> list[str]:
         """Sample ids."""
-        return [self.table.ids[i] for i in self._indices(split)]
+        return [self.table.ids[i] for i in self._indices(split).tolist()]
 
     def labels(self, column: str | None = None, split: str | None = None) -> NDArray[np.object_]:
         """(n,) labels as str, None where missing.
@@ -119,6 +118,38 @@ class Store:
         """(n,) sha256 of each sample's bytes, 64 hex digits; equal for identical images."""
         digests = self.table.digests[self._indices(split)]
         return np.array([digest.tobytes().hex() for digest in digests], dtype="U64")
+
+    def batches(
+        self,
+        split: str | None = None,
+        layers: Sequence[str] | None = None,
+        *,
+        column: str | None = None,
+        view: int = 0,
+        batch_size: int = 4096,
+    ) -> Iterator[Batch]:
+        """Go once through a split in its order, holding one batch in memory.
+
+        Args:
+            split: "train", "val", "test" or None for all samples.
+            layers: names of layers; None for all of them.
+            column: label column, as in :meth:`labels`; a store without labels gives None each.
+            view: 0 is the plain view.
+            batch_size: samples a batch; the last one may be smaller.
+
+        Raises:
+            UsageError: there is no such split, layer, column or view.
+        """
+        features = self.features(split, layers, view=view)
+        indices = self._indices(split)
+        labels = None
+        if column is not None or self.label_columns:
+            labels = self.table.labels[self._column(column)]
+        for start in range(0, len(indices), batch_size):
+            here = slice(start, start + batch_size)
+            ids = [self.table.ids[int(i)] for i in indices[here]]
+            known = [None] * len(ids) if labels is None else labels.decode(indices[here])
+            yield Batch(ids, features[here], np.array(known, dtype=object))
 
     def features(
         self,
@@ -177,15 +208,17 @@ class Store:
         chosen: Indices = ready[self.table.splits[ready] == SPLIT_NAMES.index(split)]
         return chosen
 
-    def _check_places(self) -> None:
-        """Every sample that has features must point to a row that exists."""
+    def _use_shards(self, manifest: Manifest) -> None:
+        """Take rows from the shards of ``manifest``; every sample must point to one that exists."""
+        self._shards = {shard.number: shard for shard in manifest.shards}
+        self._checked: set[int] = set()
         ready = self.table.ready
-        shards, rows = self.table.shards[ready], self.table.rows[ready]
-        n_rows = np.zeros(max(self._shards, default=0) + 1, np.int64)
-        for shard in self.manifest.shards:
-            n_rows[shard.number] = shard.n
-        exists = (shards >= 0) & (shards < len(n_rows)) & (rows >= 0)
-        if not (exists.all() and (rows < n_rows[shards]).all()):
+        shards, rows = self._shard_of[ready], self._row_of[ready]
+        numbers = np.array(sorted(self._shards), np.int64)
+        n_rows = np.array([self._shards[number].n for number in numbers.tolist()], np.int64)
+        at = np.searchsorted(numbers, shards)
+        exists = np.isin(shards, numbers) & (rows >= 0)
+        if not (exists.all() and (rows < n_rows[at]).all()):
             raise StoreFormatError(
                 f"{self.path}: the samples table points to a row that no shard holds."
             )
@@ -203,12 +236,55 @@ class Store:
         with open_features(path, shard, self.manifest) as datasets:
             return [datasets[name][first : last + 1, view][rows - first] for name in layers]
 
+    def _follow(self) -> bool:
+        """Find the rows again where another process has merged the shards; whether it had.
+
+        Rows are found by the digest of their images: under one recipe equal digests mean equal
+        features, wherever they lie.
+        """
+        manifest = read_manifest(self.path)
+        now = {shard.number for shard in manifest.shards}
+        if manifest.key != self.key or self._shards.keys() <= now:
+            return False
+        places = {
+            digest: (shard.number, row)
+            for shard in manifest.shards
+            for row, digest in enumerate(read_digests(shard_path(self.path, shard), shard))
+        }
+        shards, rows = self._shard_of.copy(), self._row_of.copy()
+        for i in self.table.ready.tolist():
+            place = places.get(self.table.digests[i].tobytes())
+            if place is None:
+                raise CorruptStoreError(
+                    f"{self.path}: the row of {self.table.ids[i]!r} was removed after the store "
+                    "was opened. Open it again."
+                )
+            shards[i], rows[i] = place
+        self._shard_of, self._row_of = shards, rows
+        self._use_shards(manifest)
+        return True
+
+
+class Batch(NamedTuple):
+    """Some samples that follow each other in the data source's order.
+
+    Attributes:
+        ids: sample ids.
+        features: (n, n_features), or (n, C, H, W) for one unpooled layer.
+        labels: (n,) str, None where missing.
+    """
+
+    ids: list[str]
+    features: NDArray[Any]
+    labels: NDArray[np.object_]
+
 
 class FeatureArray:
     """Features of some samples that behave like an (n, n_features) array and are read on demand.
 
-    Index the first axis with an integer, a slice, an index array or a mask to get a numpy array;
-    ``np.asarray`` reads everything. Values have the dtype of the store.
+    Index the first axis with an integer, a slice, an index array or a mask to get a numpy array,
+    further axes with integers and slices; ``np.asarray`` reads everything. Values have the dtype of
+    the store.
     """
 
     def __init__(self, store: Store, indices: Indices, layers: list[str], view: int) -> None:
@@ -246,16 +322,33 @@ class FeatureArray:
         return values if dtype is None else values.astype(dtype, copy=False)
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
+        if key is Ellipsis:
+            key = slice(None)
         if isinstance(key, tuple):
+            if not key or not all(isinstance(k, int | np.integer | slice) for k in key[1:]):
+                raise IndexError(
+                    "Features take integers and slices on axes after the first. "
+                    "Read the rows first: features[rows][:, columns]"
+                )
             one_row = isinstance(key[0], int | np.integer)
             return self[key[0]][key[1:] if one_row else (slice(None), *key[1:])]
-        if isinstance(key, int | np.integer):
+        if isinstance(key, int | np.integer) and not isinstance(key, bool):
             row: NDArray[Any] = self[[int(key)]][0]
             return row
-        table = self._store.table
         chosen = self._indices[key]
+        if key is None or isinstance(key, bool | np.bool_) or chosen.ndim != 1:
+            raise IndexError(f"Features take no index of this kind: {key!r}")
+        while True:
+            try:
+                return self._read(chosen)
+            except CorruptStoreError:
+                if not self._store._follow():
+                    raise
+
+    def _read(self, chosen: Indices) -> NDArray[Any]:
+        """(n, ...) of the samples ``chosen``, shard by shard."""
         out = np.empty((len(chosen), *self.shape[1:]), self.dtype)
-        shards, rows = table.shards[chosen], table.rows[chosen].astype(np.intp)
+        shards, rows = self._store._shard_of[chosen], self._store._row_of[chosen]
         order = np.argsort(shards, kind="stable")
         stops = np.flatnonzero(np.diff(shards[order])) + 1
         for here in np.split(order, stops) if len(order) else []:
@@ -272,6 +365,7 @@ def _snapshot(path: Path) -> tuple[Manifest, SampleTable]:
         try:
             return manifest, load_table(path, manifest)
         except CorruptStoreError:
-            if read_manifest(path).samples == manifest.samples:
+            now = read_manifest(path)
+            if (now.samples, now.shards) == (manifest.samples, manifest.shards):
                 raise
     raise CorruptStoreError(f"{path} is rewritten faster than it can be read.")

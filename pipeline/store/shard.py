@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import StoreFormatError
 from pipeline.store.hdf5 import (
     build_file,
     chunk_rows,
@@ -21,42 +21,17 @@ from pipeline.store.hdf5 import (
     write_strings,
 )
 from pipeline.store.manifest import FileInfo, LayerInfo, Manifest
-from pipeline.store.table import DIGEST_BYTES, NO_DIGEST, Status
+from pipeline.store.table import DIGEST_BYTES, LogEntry, Status
 
 KIND = "tlpipe-shard"
 
 
-@dataclass(frozen=True, slots=True)
-class LogEntry:
-    """What became of one sample.
-
-    Attributes:
-        id: the sample.
-        status: OK or FAILED.
-        digest: sha256 of the file's bytes, 32 bytes; zeros where they could not be read.
-        size_bytes: file size when it was read.
-        mtime_ns: modification time when it was read.
-        shard: number of the shard that holds its features; -1 for none.
-        row: row in that shard; -1 for none.
-        reason: why it failed, or what was noted; "" for nothing.
-    """
-
-    id: str
-    status: Status
-    digest: bytes = NO_DIGEST
-    size_bytes: int = -1
-    mtime_ns: int = -1
-    shard: int = -1
-    row: int = -1
-    reason: str = ""
-
-
 def shard_bytes(
     key: str,
-    digests: list[bytes],
+    digests: Sequence[bytes],
     features: Mapping[str, NDArray[np.floating]],
-    log: list[LogEntry],
-) -> bytes:
+    log: Sequence[LogEntry],
+) -> memoryview:
     """The file of a shard.
 
     Args:
@@ -103,11 +78,13 @@ def read_log(path: Path) -> list[LogEntry]:
         shards = dataset(log, "shard", np.int32, (n,))[:].tolist()
         rows = dataset(log, "row", np.int32, (n,))[:].tolist()
         reasons = read_strings(log, "reason", n)
+    if not set(statuses) <= set(Status):
+        raise StoreFormatError(f"{path} has a status that does not exist.")
+    columns = zip(ids, statuses, digests, sizes, mtimes, shards, rows, reasons, strict=True)
     return [
-        LogEntry(ids[i], Status(statuses[i]), digests[i].tobytes(), sizes[i], mtimes[i], shards[i],
-                 rows[i], reasons[i])
-        for i in range(n)
-    ]  # fmt: skip
+        LogEntry(sample_id, Status(status), digest.tobytes(), *rest)
+        for sample_id, status, digest, *rest in columns
+    ]
 
 
 def read_digests(path: Path, shard: FileInfo) -> list[bytes]:
@@ -135,5 +112,5 @@ def feature_shape(n_rows: int, manifest: Manifest, layer: LayerInfo) -> tuple[in
     return (n_rows, manifest.n_views, *layer.shape)
 
 
-def _digest_array(digests: list[bytes]) -> NDArray[np.uint8]:
+def _digest_array(digests: Sequence[bytes]) -> NDArray[np.uint8]:
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from pipeline.errors import CorruptStoreError
 from pipeline.store.key import file_sha256
 from pipeline.store.manifest import FileInfo, Manifest
 from pipeline.store.samples_file import read_samples_file
-from pipeline.store.shard import LogEntry, read_log
-from pipeline.store.table import SampleTable
+from pipeline.store.shard import read_log
+from pipeline.store.table import LogEntry, SampleTable
 
 SHARD_FOLDER = "shards"
 
@@ -28,18 +29,35 @@ def check_file(path: Path, info: FileInfo) -> None:
     Raises:
         CorruptStoreError: it is missing or differs.
     """
+    check_size(path, info)
+    try:
+        intact = file_sha256(path) == info.sha256
+    except OSError as error:
+        raise CorruptStoreError(_damaged(path, f"it cannot be read: {error.strerror}")) from error
+    if not intact:
+        raise CorruptStoreError(_damaged(path, "its sha256 is another"))
+
+
+def check_size(path: Path, info: FileInfo) -> None:
+    """The quick part of :func:`check_file`: whether the file is there and of the right size."""
     try:
         size_bytes = path.stat().st_size
-        intact = size_bytes == info.size_bytes and file_sha256(path) == info.sha256
     except OSError as error:
-        raise CorruptStoreError(f"{path} cannot be read ({error.strerror}).") from error
-    if not intact:
+        raise CorruptStoreError(_damaged(path, f"it cannot be read: {error.strerror}")) from error
+    if size_bytes != info.size_bytes:
         raise CorruptStoreError(
-            f"{path} does not hold the bytes that were committed ({size_bytes:,} bytes on disk, "
-            f"{info.size_bytes:,} recorded, or another sha256).\n"
-            "  It was damaged or changed from outside. Move the store aside and run the same "
-            "`tlpipe extract` again, or restore the file from a backup."
+            _damaged(path, f"{size_bytes:,} bytes on disk, {info.size_bytes:,} recorded")
         )
+
+
+def _damaged(path: Path, how: str) -> str:
+    folder = path.parent.parent if path.parent.name == SHARD_FOLDER else path.parent
+    return (
+        f"{path} does not hold the bytes that were committed: {how}.\n"
+        "  It was damaged or changed from outside. Set it aside, then run the same tlpipe extract\n"
+        "  again, which redoes only what it held:\n"
+        f"  tlpipe verify {shlex.quote(str(folder))} --repair"
+    )
 
 
 def load_table(folder: Path, manifest: Manifest) -> SampleTable:

@@ -50,6 +50,31 @@ class LabelColumn:
         return names[self.codes[rows]]
 
 
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """What became of one sample.
+
+    Attributes:
+        id: the sample.
+        status: OK or FAILED.
+        digest: sha256 of the file's bytes, 32 bytes; zeros where they could not be read.
+        size_bytes: file size when it was read.
+        mtime_ns: modification time when it was read.
+        shard: number of the shard that holds its features; -1 for none.
+        row: row in that shard; -1 for none.
+        reason: why it failed, or what was noted; "" for nothing.
+    """
+
+    id: str
+    status: Status
+    digest: bytes = NO_DIGEST
+    size_bytes: int = -1
+    mtime_ns: int = -1
+    shard: int = -1
+    row: int = -1
+    reason: str = ""
+
+
 @dataclass
 class SampleTable:
     """Columns over ``n_samples`` samples, in the data source's order.
@@ -67,7 +92,7 @@ class SampleTable:
         reasons: why a sample failed, or what was noted while decoding it, by sample index.
     """
 
-    ids: list[str]
+    ids: Sequence[str]
     digests: NDArray[np.uint8]
     sizes: NDArray[np.int64]
     mtimes: NDArray[np.int64]
@@ -81,7 +106,7 @@ class SampleTable:
     @classmethod
     def pending(
         cls,
-        ids: list[str],
+        ids: Sequence[str],
         sizes: NDArray[np.int64],
         mtimes: NDArray[np.int64],
         splits: NDArray[np.uint8],
@@ -109,6 +134,19 @@ class SampleTable:
         """(n,) indices of the samples that have features."""
         return np.flatnonzero(self.statuses == Status.OK)
 
+    def entry(self, i: int) -> LogEntry:
+        """What is known of sample ``i``."""
+        return LogEntry(
+            self.ids[i],
+            Status(self.statuses[i]),
+            self.digests[i].tobytes(),
+            int(self.sizes[i]),
+            int(self.mtimes[i]),
+            int(self.shards[i]),
+            int(self.rows[i]),
+            self.reasons.get(i, ""),
+        )
+
     def count(self, status: Status) -> int:
         """How many samples have this status."""
         return int(np.count_nonzero(self.statuses == status))
@@ -128,4 +166,6 @@ def _same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, LabelColumn):
         return a.categories == b.categories and np.array_equal(a.codes, b.codes)
+    if isinstance(a, Sequence):  # ids: strings that may not be decoded yet
+        return len(a) == len(b) and all(x == y for x, y in zip(a, b, strict=True))
     return bool(a == b)

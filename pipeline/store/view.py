@@ -26,32 +26,45 @@ MAX_RUNS = 50_000
 
 def write_view(folder: Path, manifest: Manifest, table: SampleTable) -> None:
     """Write ``features.h5``; it is removed where it would need too many runs to be useful."""
+    data = view_bytes(manifest, table)
+    if data is None:
+        (folder / VIEW_FILE).unlink(missing_ok=True)
+    else:
+        write_durably(folder / VIEW_FILE, data)
+
+
+def view_bytes(manifest: Manifest, table: SampleTable) -> memoryview | None:
+    """The file that shows ``table``; None where HDF5 could not read it in reasonable time."""
     ready = table.ready
     runs = _runs(table.shards[ready], table.rows[ready])
     if len(runs) * len(manifest.layers) > MAX_RUNS:
-        (folder / VIEW_FILE).unlink(missing_ok=True)
-        return
+        return None
 
     def fill(file: h5py.File) -> None:
         file.attrs["key"] = manifest.key
         file.attrs["samples"] = "" if manifest.samples is None else manifest.samples.sha256
         file.attrs["recipe"] = canonical_json(manifest.recipe).decode()
-        text = h5py.string_dtype()
-        ids = [_without_nul(table.ids[i]) for i in ready]
-        file.create_dataset("id", data=ids, dtype=text, shape=ready.shape)
-        names = np.array(SPLIT_NAMES, dtype=object)
-        file.create_dataset("split", data=names[table.splits[ready]], dtype=text)
-        for name, column in table.labels.items():
-            labels = [
-                "" if label is None else _without_nul(label) for label in column.decode(ready)
-            ]
-            file.create_dataset(_label_path(name), data=labels, dtype=text, shape=ready.shape)
+        write_columns(file, table)
         features = file.create_group("features", track_order=True)
         for name, layer in manifest.layers.items():
             layout = _layout(manifest, name, layer, runs, len(ready))
-            features.create_virtual_dataset(name, layout)
+            # Where HDF5 cannot open a shard it says nothing: better NaN than zeros.
+            features.create_virtual_dataset(name, layout, fillvalue=np.nan)
 
-    write_durably(folder / VIEW_FILE, build_file(KIND, fill))
+    return build_file(KIND, fill)
+
+
+def write_columns(file: h5py.File, table: SampleTable) -> None:
+    """Write id, split and labels of the samples that have features, as text for any reader."""
+    ready = table.ready
+    text = h5py.string_dtype()
+    ids = [_without_nul(table.ids[i]) for i in ready]
+    file.create_dataset("id", data=ids, dtype=text, shape=ready.shape)
+    names = np.array(SPLIT_NAMES, dtype=object)
+    file.create_dataset("split", data=names[table.splits[ready]], dtype=text)
+    for name, column in table.labels.items():
+        labels = ["" if label is None else _without_nul(label) for label in column.decode(ready)]
+        file.create_dataset(_label_path(name), data=labels, dtype=text, shape=ready.shape)
 
 
 def _label_path(column: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,18 +13,20 @@ from numpy.typing import NDArray
 
 from pipeline.errors import CorruptStoreError, MismatchError
 from pipeline.store.durable import TEMPORARY_SUFFIX, write_durably, write_error
-from pipeline.store.key import recipe_key
+from pipeline.store.key import recipe_differences, recipe_key
 from pipeline.store.lock import WriterLock
-from pipeline.store.manifest import FileInfo, LayerInfo, Manifest, is_store, read_manifest
+from pipeline.store.manifest import LayerInfo, Manifest, file_info, is_store, read_manifest
 from pipeline.store.samples_file import samples_file_bytes
-from pipeline.store.shard import LogEntry, read_digests, shard_bytes
-from pipeline.store.state import SHARD_FOLDER, apply_log, check_file, load_table, shard_path
-from pipeline.store.table import SampleTable, Status
+from pipeline.store.shard import feature_shape, read_digests, shard_bytes
+from pipeline.store.state import SHARD_FOLDER, apply_log, check_size, load_table, shard_path
+from pipeline.store.table import LogEntry, SampleTable, Status
 from pipeline.store.view import VIEW_FILE, view_is_current, write_view
 
 SHARD_BYTES = 64_000_000
 SHARD_ROWS = 8192
 COMMIT_SECONDS = 20.0
+
+Place = tuple[int, int]
 
 
 class StoreWriter:
@@ -42,7 +43,7 @@ class StoreWriter:
         n_views: views a sample.
         provenance: versions, device and the like.
         shard_rows: rows after which a shard is full.
-        commit_seconds: time after which what was added is committed.
+        commit_seconds: time after which what was added is committed; None for the usual 20.
 
     Raises:
         LockedError: another process writes to this store.
@@ -60,7 +61,7 @@ class StoreWriter:
         n_views: int = 1,
         provenance: dict[str, Any] | None = None,
         shard_rows: int = SHARD_ROWS,
-        commit_seconds: float = COMMIT_SECONDS,
+        commit_seconds: float | None = None,
     ) -> None:
         self.folder = folder
         self._new = Manifest(
@@ -71,14 +72,31 @@ class StoreWriter:
             source=source,
             provenance=provenance or {},
         )
-        self._shard_rows = shard_rows
-        self._commit_seconds = commit_seconds
-        self._digests: list[bytes] = []
-        self._features: list[Mapping[str, NDArray[np.floating]]] = []
-        self._pending_bytes = 0
-        self._log: list[LogEntry] = []
-        self._row_of_digest: dict[bytes, tuple[int, int]] | None = None
-        self._last_commit = time.monotonic()
+        # As many rows as a shard takes: memory that is never touched costs nothing.
+        n_rows = max(1, min(shard_rows, SHARD_BYTES // max(1, self._new.row_bytes())))
+        self._features = {
+            name: np.empty(feature_shape(n_rows, self._new, layer), layer.dtype)
+            for name, layer in layers.items()
+        }
+        self._shard_rows = n_rows
+        self._commit_seconds = COMMIT_SECONDS if commit_seconds is None else commit_seconds
+
+    @classmethod
+    def reopen(cls, folder: Path) -> StoreWriter:
+        """A writer of the store that is in ``folder``, under the recipe that it has.
+
+        Raises:
+            StoreError: there is no store, or it is damaged.
+        """
+        found = read_manifest(folder)
+        return cls(
+            folder,
+            found.recipe,
+            found.layers,
+            found.source,
+            n_views=found.n_views,
+            provenance=found.provenance,
+        )
 
     def __enter__(self) -> StoreWriter:
         try:
@@ -100,21 +118,28 @@ class StoreWriter:
     def _open(self) -> None:
         self.manifest = self._new
         self.table: SampleTable | None = None
-        self._digests, self._features, self._pending_bytes = [], [], 0
-        self._log, self._row_of_digest = [], None
+        self._digests: list[bytes] = []
+        self._log: list[LogEntry] = []
+        self._row_of_digest: dict[bytes, Place] | None = None
+        self._last_commit = time.monotonic()
         if is_store(self.folder):
             found = read_manifest(self.folder)
             if found.key != self._new.key:
                 raise MismatchError(
-                    f"{self.folder} holds features of recipe {found.key[:8]}…, but this run's is "
-                    f"{self._new.key[:8]}….\n  Nothing was overwritten."
+                    f"{self.folder} holds features of another recipe than this run's:\n"
+                    + "".join(
+                        f"  {line}\n" for line in recipe_differences(found.recipe, self._new.recipe)
+                    )
+                    + "  Nothing was overwritten."
                 )
+            for shard in found.shards:
+                check_size(shard_path(self.folder, shard), shard)
             self.table = load_table(self.folder, found)
             self.manifest = replace(found, source=self._new.source, provenance=self._new.provenance)
         elif any((self.folder / SHARD_FOLDER).glob("*.h5")):
             raise CorruptStoreError(
                 f"{self.folder} holds shards but no store.json, which is written before any shard."
-                "\n  Restore store.json from a backup, or move the folder aside to start anew."
+                f"\n  Restore it from its copy:  tlpipe verify {self.folder} --repair"
             )
         self._index = self._index_table()
         try:
@@ -135,15 +160,15 @@ class StoreWriter:
         if self.table is None or not table.equals(self.table) or self._unfolded():
             self._write_table(table)
 
-    def find(self, digest: bytes) -> tuple[int, int] | None:
+    def find(self, digest: bytes) -> Place | None:
         """(shard number, row) of the features of these image bytes; None where there are none."""
         if self._row_of_digest is None:
-            self._row_of_digest = {}
-            for shard in self.manifest.shards:
-                path = shard_path(self.folder, shard)
-                check_file(path, shard)
-                for row, known in enumerate(read_digests(path, shard)):
-                    self._row_of_digest[known] = (shard.number, row)
+            # Whoever reads a row checks its shard's sha256; a damaged digest matches no image.
+            self._row_of_digest = {
+                known: (shard.number, row)
+                for shard in self.manifest.shards
+                for row, known in enumerate(read_digests(shard_path(self.folder, shard), shard))
+            }
         return self._row_of_digest.get(digest)
 
     def add(self, entry: LogEntry, features: Mapping[str, NDArray[np.floating]]) -> None:
@@ -152,16 +177,30 @@ class StoreWriter:
         Args:
             entry: id, digest, size, time and note; its place is filled in here.
             features: (n_views, ...) by layer, finite, of the layer's shape and dtype.
+
+        Raises:
+            ValueError: the features are not that.
         """
-        place = (self._next_number, len(self._digests))
-        self._digests.append(entry.digest)
-        self._features.append(features)
-        self._pending_bytes += sum(values.nbytes for values in features.values())
+        row = len(self._digests)
+        if features.keys() != self._features.keys():
+            raise ValueError(f"layers {list(features)}, expected {list(self._features)}")
+        for name, values in features.items():
+            rows = self._features[name]
+            if values.shape != rows.shape[1:] or values.dtype != rows.dtype:
+                raise ValueError(
+                    f"layer {name!r} of {entry.id!r} is {values.dtype} {values.shape}, "
+                    f"expected {rows.dtype} {rows.shape[1:]}"
+                )
+            if not np.isfinite(values).all():
+                raise ValueError(f"layer {name!r} of {entry.id!r} is not finite")
+            rows[row] = values
         self.find(entry.digest)
         assert self._row_of_digest is not None
+        place = (self._next_number, row)
         self._row_of_digest[entry.digest] = place
+        self._digests.append(entry.digest)
         self._log.append(replace(entry, status=Status.OK, shard=place[0], row=place[1]))
-        full = len(self._digests) >= self._shard_rows or self._pending_bytes >= SHARD_BYTES
+        full = len(self._digests) == self._shard_rows
         if full or time.monotonic() - self._last_commit >= self._commit_seconds:
             self.commit()
 
@@ -174,27 +213,33 @@ class StoreWriter:
         place = self.find(entry.digest)
         if place is None:
             raise KeyError(entry.digest.hex())
-        self._log.append(replace(entry, status=Status.OK, shard=place[0], row=place[1]))
+        self._note(replace(entry, status=Status.OK, shard=place[0], row=place[1]))
 
     def fail(self, entry: LogEntry) -> None:
         """Record that a sample has no features, and why."""
-        self._log.append(replace(entry, status=Status.FAILED, shard=-1, row=-1))
+        self._note(replace(entry, status=Status.FAILED, shard=-1, row=-1))
+
+    def _note(self, entry: LogEntry) -> None:
+        """Log what became of a sample, unless the table says so already."""
+        i = self._index.get(entry.id)
+        known = self.table is not None and i is not None and self.table.entry(i) == entry
+        if not known:
+            self._log.append(entry)
 
     def commit(self) -> None:
         """Acknowledge everything added so far: it survives whatever comes."""
         self._last_commit = time.monotonic()
         if not self._digests:
             return
-        features = {
-            name: np.stack([row[name] for row in self._features]) for name in self.manifest.layers
-        }
+        features = {name: rows[: len(self._digests)] for name, rows in self._features.items()}
         data = shard_bytes(self.manifest.key, self._digests, features, self._log)
-        shard = _file_info(f"{self._next_number:06d}.h5", data, len(self._digests))
+        shard = file_info(f"{self._next_number:06d}.h5", data, len(self._digests))
         write_durably(shard_path(self.folder, shard), data)
-        self.manifest = self.manifest.with_shard(shard)
-        self.manifest.write(self.folder)
+        manifest = self.manifest.with_shard(shard)
+        manifest.write(self.folder)
+        self.manifest = manifest
         self._apply_log()
-        self._digests, self._features, self._pending_bytes = [], [], 0
+        self._digests = []
 
     def finish(self) -> None:
         """Commit, fold all logs into the samples table, and renew the ``features.h5`` view."""
@@ -209,7 +254,7 @@ class StoreWriter:
 
     @property
     def _next_number(self) -> int:
-        return max((shard.number for shard in self.manifest.shards), default=0) + 1
+        return self.manifest.next_shard
 
     def _unfolded(self) -> bool:
         return any(shard.number > self.manifest.folded for shard in self.manifest.shards)
@@ -223,12 +268,13 @@ class StoreWriter:
         data = samples_file_bytes(table)
         old = self.manifest.samples
         number = 1 if old is None else old.number + 1
-        samples = _file_info(f"samples-{number:06d}.h5", data, len(table))
+        samples = file_info(f"samples-{number:06d}.h5", data, len(table))
         write_durably(self.folder / samples.file, data)
         # The view shows the table that is about to be replaced: better none than a stale one.
         (self.folder / VIEW_FILE).unlink(missing_ok=True)
-        self.manifest = replace(self.manifest, samples=samples, folded=self._next_number - 1)
-        self.manifest.write(self.folder)
+        manifest = replace(self.manifest, samples=samples, folded=self._next_number - 1)
+        manifest.write(self.folder)
+        self.manifest = manifest
         if self.table is not table:
             self.table = table
             self._index = self._index_table()
@@ -247,7 +293,3 @@ class StoreWriter:
                 path.unlink()
         for path in self.folder.glob(f"*{TEMPORARY_SUFFIX}"):
             path.unlink()
-
-
-def _file_info(name: str, data: bytes, n: int) -> FileInfo:
-    return FileInfo(name, hashlib.sha256(data).hexdigest(), len(data), n)

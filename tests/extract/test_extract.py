@@ -456,3 +456,18 @@ def test_a_head_can_predict_whatever_the_store_was_made_with(embed, photos, resn
         (fresh * stored).sum(1) / np.linalg.norm(fresh, axis=1) / np.linalg.norm(stored, axis=1)
     )
     assert cosine.min() > 0.999
+
+
+def test_a_rerun_with_a_bad_image_writes_nothing(embed, photos):
+    (photos / "cat" / "broken.png").write_bytes(b"not an image")
+    folder = embed(photos).store
+
+    def contents():
+        return {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in folder.iterdir()}
+
+    before = contents()
+    report = embed(photos)
+    assert list(report.failures) == ["cat/broken.png"]
+    after = contents()
+    assert {p.name for p in before} == {p.name for p in after}
+    assert {p for p in after if p.suffix in (".h5", ".json") and after[p] != before[p]} == set()

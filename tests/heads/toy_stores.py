@@ -8,8 +8,7 @@ import numpy as np
 
 from pipeline.store import Store, open_store
 from pipeline.store.manifest import LayerInfo
-from pipeline.store.shard import LogEntry
-from pipeline.store.table import SPLIT_NAMES, LabelColumn, SampleTable, Status
+from pipeline.store.table import SPLIT_NAMES, LabelColumn, LogEntry, SampleTable, Status
 from pipeline.store.writer import StoreWriter
 
 ORIGIN = {"spec": "toy", "weights": "default", "image_size": None, "seed": 0}

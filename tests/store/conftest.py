@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from pipeline.store.manifest import LayerInfo
-from pipeline.store.shard import LogEntry
-from pipeline.store.table import SPLIT_NAMES, LabelColumn, SampleTable, Status
+from pipeline.store.table import SPLIT_NAMES, LabelColumn, LogEntry, SampleTable, Status
 from pipeline.store.writer import StoreWriter
 
 RECIPE = {"schema": 1, "backbone": "toy", "precision": "fp32"}
