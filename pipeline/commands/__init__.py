@@ -83,6 +83,8 @@ def main() -> None:
     # imported. Beside decoding threads or any other busy process that costs a multiple: measured
     # on two cores with one busy neighbour, 25 images/s spinning and 123 asleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A store may come from a stranger: HDF5 must not look for plugins that its files ask for.
+    os.environ.setdefault("HDF5_PLUGIN_PRELOAD", "::")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8

@@ -39,7 +39,7 @@ def write_file(target: Path | io.BytesIO, kind: str, fill: Callable[[h5py.File],
     """Write an HDF5 file marked as ``kind`` and filled by ``fill``."""
     # v110 puts a checksum on every piece of metadata, and files from it open with HDF5 1.10.
     with h5py.File(target, "w", libver=("v110", "v110")) as file:
-        file.attrs["format"] = kind
+        set_text(file, "format", kind)
         file.attrs["format_version"] = FORMAT_VERSION
         fill(file)
 
@@ -54,10 +54,11 @@ def open_file(path: Path, kind: str) -> Iterator[h5py.File]:
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
-            found = attribute(file, "format")
-            if found != kind:
+            version = attribute(file, "format_version")
+            check_version(path, version)
+            # Version 1 kept its mark where HDF5 cannot be trusted to find it, see attribute().
+            if version != 1 and (found := attribute(file, "format")) != kind:
                 raise StoreFormatError(f"{path} is marked {found!r}, expected {kind!r}.")
-            check_version(path, attribute(file, "format_version"))
             yield file
     except FileNotFoundError:
         raise CorruptStoreError(f"{path} is missing.") from None
@@ -79,19 +80,29 @@ def check_version(path: Path, version: object) -> None:
         )
 
 
+def set_text(file: h5py.File, name: str, text: str) -> None:
+    """Store a text as an attribute of the file's root that :func:`attribute` reads."""
+    data = text.encode()
+    file.attrs.create(name, data, dtype=h5py.string_dtype("utf-8", max(1, len(data))))
+
+
 def attribute(file: h5py.File, name: str) -> str | int | None:
-    """A scalar text or integer attribute of the file's root; None where there is no such."""
-    if name not in file.attrs:
+    """A text or integer attribute of the file's root; None where there is no such.
+
+    Text of variable length is not read: it lies in a heap without checksums, in which HDF5 loops
+    for ever when a few bytes are wrong.
+    """
+    try:
+        attributes = file.attrs
+    except KeyError as error:  # HDF5 cannot make out the root
+        raise CorruptStoreError(f"{file.filename} cannot be read as HDF5: {error}") from error
+    if name not in attributes:
         return None
-    kind = file.attrs.get_id(name)
-    if kind.shape != () or not (
-        np.issubdtype(kind.dtype, np.integer) or h5py.check_string_dtype(kind.dtype)
-    ):
+    kind = attributes.get_id(name)
+    if kind.shape != () or kind.dtype.kind not in "iuS":
         return None
-    value = file.attrs[name]
-    if isinstance(value, np.integer):
-        return int(value)
-    return value if isinstance(value, str) else None
+    value = attributes[name]
+    return int(value) if isinstance(value, np.integer) else value.decode(errors="replace")
 
 
 def chunk_rows(row_bytes: int, n_rows: int) -> int:

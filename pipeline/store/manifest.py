@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -169,7 +170,10 @@ def read_manifest(folder: Path, name: str = MANIFEST_FILE) -> Manifest:
     path = folder / name
     try:
         with open_regular(path) as file:
-            data = file.read(MAX_MANIFEST_BYTES)
+            size_bytes = os.fstat(file.fileno()).st_size
+            if size_bytes > MAX_MANIFEST_BYTES:
+                raise StoreFormatError(f"{path} is too large for what it is: {size_bytes:,} bytes.")
+            data = file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(
             f"{folder} is not a feature store: it has no {name}.\n"

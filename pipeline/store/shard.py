@@ -18,6 +18,7 @@ from pipeline.store.hdf5 import (
     group,
     open_file,
     read_strings,
+    set_text,
     write_strings,
 )
 from pipeline.store.manifest import FileInfo, LayerInfo, Manifest
@@ -42,7 +43,7 @@ def shard_bytes(
     """
 
     def fill(file: h5py.File) -> None:
-        file.attrs["key"] = key
+        set_text(file, "key", key)
         file["digest"] = _digest_array(digests)
         layers = file.create_group("features", track_order=True)
         for name, values in features.items():

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import StoreError
 from pipeline.store.durable import write_durably
-from pipeline.store.hdf5 import build_file, open_file
+from pipeline.store.hdf5 import attribute, build_file, open_file, set_text
 from pipeline.store.key import canonical_json
 from pipeline.store.manifest import LayerInfo, Manifest
 from pipeline.store.shard import feature_shape
@@ -41,9 +41,9 @@ def view_bytes(manifest: Manifest, table: SampleTable) -> memoryview | None:
         return None
 
     def fill(file: h5py.File) -> None:
-        file.attrs["key"] = manifest.key
-        file.attrs["samples"] = "" if manifest.samples is None else manifest.samples.sha256
-        file.attrs["recipe"] = canonical_json(manifest.recipe).decode()
+        set_text(file, "key", manifest.key)
+        set_text(file, "samples", "" if manifest.samples is None else manifest.samples.sha256)
+        set_text(file, "recipe", canonical_json(manifest.recipe).decode())
         write_columns(file, table)
         features = file.create_group("features", track_order=True)
         for name, layer in manifest.layers.items():
@@ -83,7 +83,7 @@ def view_is_current(folder: Path, manifest: Manifest) -> bool:
     try:
         with open_file(folder / VIEW_FILE, KIND) as file:
             return manifest.samples is not None and bool(
-                file.attrs.get("samples") == manifest.samples.sha256
+                attribute(file, "samples") == manifest.samples.sha256
             )
     except StoreError:
         return False

@@ -1,13 +1,24 @@
 """What goes into a store comes out of it: aligned, current, and from one moment."""
 
 import contextlib
+import errno
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-from pipeline.errors import LockedError, MismatchError, StoreError, UnknownNameError, UsageError
+from pipeline.errors import (
+    CorruptStoreError,
+    LockedError,
+    MismatchError,
+    StoreError,
+    UnknownNameError,
+    UsageError,
+)
 from pipeline.store import open_store
 from pipeline.store.manifest import LayerInfo, read_manifest
 from pipeline.store.table import LabelColumn, Status
@@ -63,6 +74,41 @@ def test_slices_equal_slices_of_the_whole(store_folder, ids, key):
     features = open_store(store_folder).features()
     np.testing.assert_array_equal(features[key], expected(ids)[key])
     assert features.shape == (20, 8)
+
+
+@pytest.mark.parametrize(
+    "key", [None, True, np.True_, ([0, 1], [0, 1]), (), (0, None), ..., (..., 0)]
+)
+def test_an_index_means_what_it_means_to_numpy_or_is_refused(store_folder, ids, key):
+    features = open_store(store_folder).features()
+    if key is ...:
+        np.testing.assert_array_equal(features[...], expected(ids))
+        return
+    with pytest.raises(IndexError):
+        features[key]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 20, 100])
+def test_batches_go_through_a_split_once_and_in_order(store_folder, batch_size):
+    store = open_store(store_folder)
+    batches = list(store.batches("train", ["top"], batch_size=batch_size))
+    assert {len(batch.ids) for batch in batches[:-1]} <= {batch_size}
+    assert [i for batch in batches for i in batch.ids] == store.ids("train")
+    np.testing.assert_array_equal(
+        np.concatenate([batch.features for batch in batches]), store.features("train", ["top"])
+    )
+    assert [y for batch in batches for y in batch.labels] == store.labels(split="train").tolist()
+
+
+def test_batches_of_an_unlabelled_store_have_no_labels(tmp_path):
+    with make_writer(tmp_path / "store") as writer:
+        table = table_of(["1.png"])
+        table.labels = {}
+        writer.begin(table)
+        writer.add(entry_of("1.png"), features_of("1.png"))
+        writer.finish()
+    (batch,) = open_store(tmp_path / "store").batches()
+    assert (batch.ids, batch.labels.tolist()) == (["1.png"], [None])
 
 
 def test_a_slice_reads_only_the_shards_it_needs(store_folder):
@@ -149,6 +195,70 @@ def test_identical_images_share_a_row(tmp_path):
 def test_bytes_that_were_never_embedded_cannot_be_linked(store_folder):
     with make_writer(store_folder) as writer, pytest.raises(KeyError):
         writer.link(entry_of("a/1.png", "never seen"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.pop("top"), r"layers \['low'\], expected \['low', 'top'\]"),
+        (
+            lambda f: f.update(top=f["top"][:, :4]),
+            r"is float16 \(1, 4\), expected float16 \(1, 5\)",
+        ),
+        (lambda f: f.update(top=f["top"].astype("f8")), "is float64"),
+        (lambda f: f["low"].__setitem__((0, 1), np.nan), "layer 'low' of 'a/1.png' is not finite"),
+        (lambda f: f["top"].__setitem__((0, 1), np.inf), "not finite"),
+    ],
+)
+def test_features_that_do_not_fit_never_enter(tmp_path, change, message):
+    with make_writer(tmp_path / "store") as writer:
+        writer.begin(table_of(["a/1.png"]))
+        features = features_of("a/1.png")
+        change(features)
+        with pytest.raises(ValueError, match=message):
+            writer.add(entry_of("a/1.png"), features)
+        writer.finish()
+    assert len(open_store(tmp_path / "store")) == 0
+
+
+def test_a_shard_of_another_size_is_told_before_anything_is_embedded(store_folder):
+    path = store_folder / "shards" / "000002.h5"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptStoreError, match=r"000002\.h5 .* bytes on disk") as caught:
+        make_writer(store_folder).__enter__()
+    assert f"tlpipe verify {store_folder} --repair" in str(caught.value)
+
+
+def test_the_manifest_has_a_copy_of_the_same_bytes(store_folder):
+    backup = (store_folder / "store.backup.json").read_bytes()
+    assert backup == (store_folder / "store.json").read_bytes()
+
+
+def test_a_writer_without_its_manifest_says_how_to_restore_it(store_folder):
+    (store_folder / "store.json").unlink()
+    with pytest.raises(CorruptStoreError, match=r"tlpipe verify .* --repair"):
+        make_writer(store_folder).__enter__()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path):
+    """The kernel's answer is given by hand: there is no such file system to be had in a test."""
+    script = (
+        "import errno, fcntl, sys\n"
+        "def flock(*_): raise OSError(int(sys.argv[2]), 'no locks')\n"
+        "fcntl.flock = flock\n"
+        "from pathlib import Path\n"
+        "from pipeline.errors import StoreError\n"
+        "from pipeline.store.lock import WriterLock\n"
+        "try: WriterLock(Path(sys.argv[1])).acquire()\n"
+        "except StoreError as error: print(error)\n"
+    )
+    for number in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        process = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path), str(number)],
+            cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert "has no file locks" in process.stdout
+        assert "--cache FOLDER" in process.stdout
 
 
 def test_a_failed_sample_has_a_reason_and_no_row(tmp_path):
