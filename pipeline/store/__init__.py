@@ -12,11 +12,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.store.pack import pack_store
     from pipeline.store.reader import Batch, FeatureArray, Store, open_store
     from pipeline.store.table import SampleTable, Status
+    from pipeline.store.unpack import unpack_store
     from pipeline.store.writer import StoreWriter
 
-__all__ = ["Batch", "FeatureArray", "SampleTable", "Status", "Store", "StoreWriter", "open_store"]
+__all__ = [
+    "Batch",
+    "FeatureArray",
+    "SampleTable",
+    "Status",
+    "Store",
+    "StoreWriter",
+    "open_store",
+    "pack_store",
+    "unpack_store",
+]
 
 _HOME = {
     "Batch": "reader",
@@ -26,6 +38,8 @@ _HOME = {
     "Store": "reader",
     "StoreWriter": "writer",
     "open_store": "reader",
+    "pack_store": "pack",
+    "unpack_store": "unpack",
 }
 
 

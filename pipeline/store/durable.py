@@ -70,13 +70,12 @@ def write_error(path: Path, error: OSError) -> ResourceError | StoreError:
     if error.errno in _FULL:
         return ResourceError(
             f"No room to write {path} ({reason}).\n"
-            "  Everything committed so far is kept. Free some space, then run the same command "
-            "again: it goes on where it stopped."
+            "  What was committed before is kept. Free some space, then run the same command again."
         )
     if error.errno in _FORBIDDEN:
         return StoreError(
             f"{path.parent} cannot be written to ({reason}).\n"
-            "  Give another folder with --cache, or change its permissions."
+            "  Give another folder, or change its permissions."
         )
     return ResourceError(
         f"Writing {path} failed ({reason}).\n"

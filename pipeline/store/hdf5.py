@@ -24,8 +24,8 @@ FORMAT_VERSION = 2
 READ_VERSIONS = (1, 2)
 CHUNK_BYTES = 2_000_000
 
-# Anything else could load a plugin, or grow out of a few bytes.
-_ALLOWED_FILTERS = {h5py.h5z.FILTER_FLETCHER32}
+# What fletcher32 adds to a chunk.
+_CHECKSUM_BYTES = 4
 
 
 def build_file(kind: str, fill: Callable[[h5py.File], None]) -> memoryview:
@@ -35,7 +35,7 @@ def build_file(kind: str, fill: Callable[[h5py.File], None]) -> memoryview:
     return buffer.getbuffer()
 
 
-def write_file(target: Path | io.BytesIO, kind: str, fill: Callable[[h5py.File], None]) -> None:
+def write_file(target: io.IOBase, kind: str, fill: Callable[[h5py.File], None]) -> None:
     """Write an HDF5 file marked as ``kind`` and filled by ``fill``."""
     # v110 puts a checksum on every piece of metadata, and files from it open with HDF5 1.10.
     with h5py.File(target, "w", libver=("v110", "v110")) as file:
@@ -55,6 +55,8 @@ def open_file(path: Path, kind: str) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r", locking=False) as file:
             version = attribute(file, "format_version")
+            if version is None:
+                raise StoreFormatError(f"{path} is not a file of tlpipe, expected {kind!r}.")
             check_version(path, version)
             # Version 1 kept its mark where HDF5 cannot be trusted to find it, see attribute().
             if version != 1 and (found := attribute(file, "format")) != kind:
@@ -111,12 +113,18 @@ def chunk_rows(row_bytes: int, n_rows: int) -> int:
 
 
 def dataset(
-    group: h5py.Group, name: str, dtype: DTypeLike, shape: Sequence[int | None]
+    group: h5py.Group,
+    name: str,
+    dtype: DTypeLike,
+    shape: Sequence[int | None],
+    *,
+    checksums: bool = False,
 ) -> h5py.Dataset:
     """The plain dataset ``name`` of ``group``, checked against what it must be.
 
     Args:
         shape: expected lengths; None for any length.
+        checksums: whether it is stored in chunks of whole rows with a fletcher32 sum each.
 
     Raises:
         StoreFormatError: it is missing, a link, stored elsewhere, or of another dtype or shape.
@@ -126,8 +134,10 @@ def dataset(
     if not isinstance(found, h5py.Dataset):
         raise StoreFormatError(f"{where} is missing or a link; a dataset was expected.")
     plan = found.id.get_create_plist()
-    filters = {plan.get_filter(i)[0] for i in range(plan.get_nfilters())}
-    if found.external or found.is_virtual or not filters <= _ALLOWED_FILTERS:
+    filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
+    # Any other filter could load a plugin, or grow out of a few bytes.
+    allowed = [h5py.h5z.FILTER_FLETCHER32] if checksums else []
+    if found.external or found.is_virtual or filters != allowed:
         raise StoreFormatError(f"{where} is not a plain dataset of this file.")
     have = found.shape
     fits = (
@@ -144,14 +154,28 @@ def dataset(
     size_bytes = math.prod(found.shape) * found.dtype.itemsize
     if size_bytes > min(found.id.get_storage_size(), group.file.id.get_filesize()):
         raise StoreFormatError(f"{where} promises {size_bytes:,} bytes, more than the file holds.")
+    if checksums and not _has_whole_chunks(found):
+        raise StoreFormatError(f"{where} is not stored in chunks of whole rows with checksums.")
     return found
+
+
+def _has_whole_chunks(found: h5py.Dataset) -> bool:
+    """Whether all chunks have their size: behind a short one HDF5 reads the process's memory."""
+    n_rows, n_chunk = len(found), found.chunks[0]
+    if n_chunk > n_rows or found.chunks[1:] != found.shape[1:]:
+        return False
+    chunks: list[tuple[int, int]] = []
+    found.id.chunk_iter(lambda chunk: chunks.append((chunk.filter_mask, chunk.size)))
+    size_bytes = math.prod(found.chunks) * found.dtype.itemsize + _CHECKSUM_BYTES
+    return chunks == [(0, size_bytes)] * math.ceil(n_rows / n_chunk)
 
 
 def group(parent: h5py.Group, name: str) -> h5py.Group:
     """The group ``name`` of ``parent``; a link or anything else is refused."""
     found = _hard_linked(parent, name)
     if not isinstance(found, h5py.Group):
-        raise StoreFormatError(f"{parent.file.filename}: {parent.name}{name} is not a group.")
+        where = f"{parent.file.filename}: {parent.name.rstrip('/')}/{name}"
+        raise StoreFormatError(f"{where} is not a group.")
     return found
 
 

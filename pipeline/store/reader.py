@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from h5py import Dataset
 from numpy.typing import NDArray
 
 from pipeline.errors import CorruptStoreError, StoreFormatError, UnknownNameError, UsageError
 from pipeline.store.manifest import FileInfo, Manifest, read_manifest
+from pipeline.store.pack import open_packed, read_pack
 from pipeline.store.shard import open_features, read_digests
 from pipeline.store.state import check_file, load_table, shard_path
 from pipeline.store.table import SPLIT_NAMES, SampleTable, Status
@@ -18,10 +21,15 @@ from pipeline.store.table import SPLIT_NAMES, SampleTable, Status
 Indices = NDArray[np.intp]
 
 _SNAPSHOT_TRIES = 20
+_STRETCH_BYTES = 16_000_000
+_NOWHERE = (-1, -1)
 
 
 def open_store(path: str | Path) -> Store:
     """Open a feature store for reading; possible at any time, also while it is being written.
+
+    Args:
+        path: the store's folder, or a file of ``tlpipe pack``.
 
     Raises:
         StoreError: there is no store, or it is damaged or of another format.
@@ -36,16 +44,22 @@ class Store:
     data source's order: ids, labels and features of one split are aligned.
 
     Attributes:
-        path: the store's folder.
+        path: the store's folder, or the packed file.
         manifest: what ``store.json`` held when the store was opened.
         table: the samples table, failed and pending samples included.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest, self.table = _snapshot(path)
-        self._shard_of, self._row_of = self.table.shards, self.table.rows.astype(np.intp)
+        self._is_packed = path.is_file()
+        self.manifest, self.table = read_pack(path) if self._is_packed else _snapshot(path)
+        self._shard_of = self.table.shards.astype(np.intp)
+        self._row_of = self.table.rows.astype(np.intp)
         self._use_shards(self.manifest)
+        self._check_places()
+        if self._is_packed:
+            # Rows of one shard are read in one stretch: a whole packed file would be a long one.
+            self._shard_of = self._row_of // max(1, _STRETCH_BYTES // self.manifest.row_bytes())
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, n_samples={len(self)}, layers={list(self.layers)})"
@@ -209,9 +223,12 @@ class Store:
         return chosen
 
     def _use_shards(self, manifest: Manifest) -> None:
-        """Take rows from the shards of ``manifest``; every sample must point to one that exists."""
+        """Take rows from the shards of ``manifest``; the bytes of none have been checked yet."""
         self._shards = {shard.number: shard for shard in manifest.shards}
         self._checked: set[int] = set()
+
+    def _check_places(self) -> None:
+        """Every sample with features must point to a row that exists."""
         ready = self.table.ready
         shards, rows = self._shard_of[ready], self._row_of[ready]
         numbers = np.array(sorted(self._shards), np.int64)
@@ -226,15 +243,21 @@ class Store:
     def _read_rows(
         self, number: int, rows: Indices, layers: Sequence[str], view: int
     ) -> list[NDArray[np.floating]]:
-        """(n, ...) of each layer from one shard, whose bytes are checked when first used."""
+        """(n, ...) of each layer from one shard."""
+        first, last = int(rows.min()), int(rows.max())
+        with self._open_features(number) as datasets:
+            return [datasets[name][first : last + 1, view][rows - first] for name in layers]
+
+    def _open_features(self, number: int) -> AbstractContextManager[dict[str, Dataset]]:
+        """The datasets of one shard, whose bytes are checked when first used."""
+        if self._is_packed:
+            return open_packed(self.path, self.manifest)
         shard: FileInfo = self._shards[number]
         path = shard_path(self.path, shard)
         if number not in self._checked:
             check_file(path, shard)
             self._checked.add(number)
-        first, last = int(rows.min()), int(rows.max())
-        with open_features(path, shard, self.manifest) as datasets:
-            return [datasets[name][first : last + 1, view][rows - first] for name in layers]
+        return open_features(path, shard, self.manifest)
 
     def _follow(self) -> bool:
         """Find the rows again where another process has merged the shards; whether it had.
@@ -242,27 +265,39 @@ class Store:
         Rows are found by the digest of their images: under one recipe equal digests mean equal
         features, wherever they lie.
         """
-        manifest = read_manifest(self.path)
-        now = {shard.number for shard in manifest.shards}
-        if manifest.key != self.key or self._shards.keys() <= now:
+        if self._is_packed:
             return False
+        for _ in range(_SNAPSHOT_TRIES):
+            manifest = read_manifest(self.path)
+            now = {shard.number for shard in manifest.shards}
+            if manifest.key != self.key or self._shards.keys() <= now:
+                return False
+            try:
+                self._move_to(manifest)
+            except CorruptStoreError:
+                if read_manifest(self.path).shards == manifest.shards:
+                    raise
+            else:
+                return True
+        raise CorruptStoreError(f"{self.path} is rewritten faster than it can be read.")
+
+    def _move_to(self, manifest: Manifest) -> None:
+        """Take rows from the shards of ``manifest``; those whose shard is gone, by digest.
+
+        A row that is nowhere any more only matters to whoever reads it.
+        """
         places = {
             digest: (shard.number, row)
             for shard in manifest.shards
+            if shard.number not in self._shards
             for row, digest in enumerate(read_digests(shard_path(self.path, shard), shard))
         }
         shards, rows = self._shard_of.copy(), self._row_of.copy()
-        for i in self.table.ready.tolist():
-            place = places.get(self.table.digests[i].tobytes())
-            if place is None:
-                raise CorruptStoreError(
-                    f"{self.path}: the row of {self.table.ids[i]!r} was removed after the store "
-                    "was opened. Open it again."
-                )
-            shards[i], rows[i] = place
+        gone = ~np.isin(shards, [shard.number for shard in manifest.shards])
+        for i in np.flatnonzero(gone & (self.table.statuses == Status.OK)).tolist():
+            shards[i], rows[i] = places.get(self.table.digests[i].tobytes(), _NOWHERE)
         self._shard_of, self._row_of = shards, rows
         self._use_shards(manifest)
-        return True
 
 
 class Batch(NamedTuple):
@@ -325,7 +360,8 @@ class FeatureArray:
         if key is Ellipsis:
             key = slice(None)
         if isinstance(key, tuple):
-            if not key or not all(isinstance(k, int | np.integer | slice) for k in key[1:]):
+            plain = all(isinstance(k, int | np.integer | slice) for k in key[1:])
+            if not key or key[0] is Ellipsis or not plain:
                 raise IndexError(
                     "Features take integers and slices on axes after the first. "
                     "Read the rows first: features[rows][:, columns]"
@@ -349,6 +385,12 @@ class FeatureArray:
         """(n, ...) of the samples ``chosen``, shard by shard."""
         out = np.empty((len(chosen), *self.shape[1:]), self.dtype)
         shards, rows = self._store._shard_of[chosen], self._store._row_of[chosen]
+        if (shards == _NOWHERE[0]).any():
+            gone = self._store.table.ids[int(chosen[shards == _NOWHERE[0]][0])]
+            raise CorruptStoreError(
+                f"{self._store.path}: the row of {gone!r} was removed after the store was opened.\n"
+                "  Open it again."
+            )
         order = np.argsort(shards, kind="stable")
         stops = np.flatnonzero(np.diff(shards[order])) + 1
         for here in np.split(order, stops) if len(order) else []:

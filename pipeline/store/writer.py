@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import CorruptStoreError, MismatchError
-from pipeline.store.durable import TEMPORARY_SUFFIX, write_durably, write_error
+from pipeline.store.durable import write_durably, write_error
 from pipeline.store.key import recipe_differences, recipe_key
+from pipeline.store.leftovers import sweep
 from pipeline.store.lock import WriterLock
-from pipeline.store.manifest import LayerInfo, Manifest, file_info, is_store, read_manifest
+from pipeline.store.manifest import (
+    FileInfo,
+    LayerInfo,
+    Manifest,
+    file_info,
+    is_store,
+    read_manifest,
+)
 from pipeline.store.samples_file import samples_file_bytes
 from pipeline.store.shard import feature_shape, read_digests, shard_bytes
 from pipeline.store.state import SHARD_FOLDER, apply_log, check_size, load_table, shard_path
@@ -27,6 +35,11 @@ SHARD_ROWS = 8192
 COMMIT_SECONDS = 20.0
 
 Place = tuple[int, int]
+
+
+def full_shard_rows(manifest: Manifest, shard_rows: int = SHARD_ROWS) -> int:
+    """Rows after which a shard is full: so many, or fewer where rows are large."""
+    return max(1, min(shard_rows, SHARD_BYTES // max(1, manifest.row_bytes())))
 
 
 class StoreWriter:
@@ -41,7 +54,7 @@ class StoreWriter:
         layers: what each row holds.
         source: name, spec, root, layout and split_origin of the data source.
         n_views: views a sample.
-        provenance: versions, device and the like.
+        provenance: versions, device and the like; None keeps what the store has.
         shard_rows: rows after which a shard is full.
         commit_seconds: time after which what was added is committed; None for the usual 20.
 
@@ -73,7 +86,7 @@ class StoreWriter:
             provenance=provenance or {},
         )
         # As many rows as a shard takes: memory that is never touched costs nothing.
-        n_rows = max(1, min(shard_rows, SHARD_BYTES // max(1, self._new.row_bytes())))
+        n_rows = full_shard_rows(self._new, shard_rows)
         self._features = {
             name: np.empty(feature_shape(n_rows, self._new, layer), layer.dtype)
             for name, layer in layers.items()
@@ -89,14 +102,7 @@ class StoreWriter:
             StoreError: there is no store, or it is damaged.
         """
         found = read_manifest(folder)
-        return cls(
-            folder,
-            found.recipe,
-            found.layers,
-            found.source,
-            n_views=found.n_views,
-            provenance=found.provenance,
-        )
+        return cls(folder, found.recipe, found.layers, found.source, n_views=found.n_views)
 
     def __enter__(self) -> StoreWriter:
         try:
@@ -135,30 +141,45 @@ class StoreWriter:
             for shard in found.shards:
                 check_size(shard_path(self.folder, shard), shard)
             self.table = load_table(self.folder, found)
-            self.manifest = replace(found, source=self._new.source, provenance=self._new.provenance)
+            told = self._new.provenance or found.provenance
+            self.manifest = replace(found, provenance=told)
         elif any((self.folder / SHARD_FOLDER).glob("*.h5")):
             raise CorruptStoreError(
                 f"{self.folder} holds shards but no store.json, which is written before any shard."
                 f"\n  Restore it from its copy:  tlpipe verify {self.folder} --repair"
             )
         self._index = self._index_table()
-        try:
-            self._sweep()
-        except OSError as error:
-            raise write_error(self.folder / SHARD_FOLDER, error) from error
+        sweep(self.folder, self.manifest if is_store(self.folder) else None)
 
     def _index_table(self) -> dict[str, int]:
         ids = [] if self.table is None else self.table.ids
         return {sample_id: i for i, sample_id in enumerate(ids)}
 
-    def begin(self, table: SampleTable) -> None:
+    def begin(
+        self,
+        table: SampleTable,
+        *,
+        source: dict[str, Any] | None = None,
+        relabelled: dict[str, str] | None = None,
+    ) -> None:
         """Make ``table`` the samples of the store; features that it does not point to are hidden.
 
         Args:
             table: of the data source as it is now, with what is still valid carried over.
+            source: the data source, where it is not as the writer was told.
+            relabelled: columns that were set after extraction, by the file that set them; None
+                keeps those that the store has.
         """
+        found = self.manifest
+        self.manifest = replace(
+            found,
+            source=self._new.source if source is None else source,
+            relabelled=found.relabelled if relabelled is None else relabelled,
+        )
         if self.table is None or not table.equals(self.table) or self._unfolded():
             self._write_table(table)
+        elif (found.source, found.relabelled) != (self.manifest.source, self.manifest.relabelled):
+            self.manifest.write(self.folder)
 
     def find(self, digest: bytes) -> Place | None:
         """(shard number, row) of the features of these image bytes; None where there are none."""
@@ -252,6 +273,21 @@ class StoreWriter:
         if not view_is_current(self.folder, self.manifest):
             write_view(self.folder, self.manifest, self.table)
 
+    def replace_shards(self, shards: Sequence[FileInfo], table: SampleTable) -> None:
+        """Make these the store's shards, in one commit, and remove those that are no longer.
+
+        Args:
+            shards: those of the store that stay, then new ones that are written already, under
+                numbers from ``manifest.next_shard`` on.
+            table: the store's samples, with their places in these shards; takes in all their logs.
+        """
+        last = max((shard.number for shard in shards), default=0)
+        next_shard = max(self.manifest.next_shard, last + 1)
+        self.manifest = replace(self.manifest, shards=tuple(shards), next_shard=next_shard)
+        self._row_of_digest = None
+        self._write_table(table)
+        sweep(self.folder, self.manifest)
+
     @property
     def _next_number(self) -> int:
         return self.manifest.next_shard
@@ -280,16 +316,3 @@ class StoreWriter:
             self._index = self._index_table()
         if old is not None:
             (self.folder / old.file).unlink(missing_ok=True)
-
-    def _sweep(self) -> None:
-        """Remove what an interrupted writer left behind; nobody else writes, we hold the lock."""
-        shards = {shard.file for shard in self.manifest.shards}
-        for path in (self.folder / SHARD_FOLDER).iterdir():
-            if path.name not in shards and path.is_file():
-                path.unlink()
-        samples = None if self.manifest.samples is None else self.manifest.samples.file
-        for path in self.folder.glob("samples-*.h5"):
-            if path.name != samples:
-                path.unlink()
-        for path in self.folder.glob(f"*{TEMPORARY_SUFFIX}"):
-            path.unlink()

@@ -146,12 +146,12 @@ def test_rows_lie_in_the_order_of_the_samples(folder):
 def test_samples_that_were_shuffled_leave_the_rows_in_their_old_order(tmp_path):
     """Each new shard would otherwise read all the old ones."""
     folder = tmp_path / "store"
-    contents = {f"cat/{i:03d}": f"image {i}" for i in range(300)}
-    update(folder, contents, shard_rows=30)
-    shuffled = [list(contents)[i] for i in np.random.default_rng(0).permutation(300).tolist()]
-    update(folder, {i: contents[i] for i in shuffled}, shard_rows=30)
+    contents = {f"cat/{i:03d}": f"image {i}" for i in range(120)}
+    update(folder, contents, shard_rows=12)
+    shuffled = [list(contents)[i] for i in np.random.default_rng(0).permutation(120).tolist()]
+    update(folder, {i: contents[i] for i in shuffled})
     before = open_store(folder).table
-    compact_store(folder, shard_rows=40)
+    compact_store(folder, shard_rows=16)
     check(folder, {i: contents[i] for i in shuffled})
     after = open_store(folder).table
     was, now = (table.shards * 1000 + table.rows for table in (before, after))
@@ -300,28 +300,253 @@ def test_a_store_of_an_older_release(tmp_path, version):
     assert (after.ids(), after.failures) == (before.ids(), before.failures)
 
 
-def test_memory_holds_about_one_shard(tmp_path):
-    layers = {"x": LayerInfo((4096,), "float32")}
-    folder = tmp_path / "store"
-    n_rows, shard_bytes = 64, 64 * 4096 * 4
-    for size in range(1, 14):
-        with StoreWriter(folder, RECIPE, layers, {}, shard_rows=n_rows) as writer:
-            ids = [f"a/{i:03d}" for i in range(32 * size)]
-            writer.begin(carried(writer.table, ids))
-            for sample_id in ids[-32:]:
-                features = np.random.default_rng(0).normal(size=(1, 4096)).astype(np.float32)
-                writer.add(entry_of(sample_id), {"x": features})
-            writer.finish()
-    assert read_manifest(folder).size_bytes > 6 * shard_bytes
-    compact_store(folder, shard_rows=n_rows)  # whatever is loaded once
-    update_rows = [f"a/{i:03d}" for i in range(1, 32 * 13)]
-    with StoreWriter(folder, RECIPE, layers, {}) as writer:
-        writer.begin(carried(writer.table, update_rows))
+def test_memory_does_not_grow_with_the_store(tmp_path):
+    peaks = [peak_bytes_of_compacting(tmp_path / str(n), n_half_full_shards=n) for n in (2, 16)]
+    shard_bytes = 16 * 4096 * 4
+    assert abs(peaks[1] - peaks[0]) < shard_bytes
+
+
+def peak_bytes_of_compacting(folder: Path, n_half_full_shards: int) -> int:
+    features = np.random.default_rng(0).normal(size=(1, 4096)).astype(np.float32)
+    ids = [f"a/{i:03d}" for i in range(8 * n_half_full_shards)]
+    with StoreWriter(folder, RECIPE, {"x": LayerInfo((4096,), "float32")}, {}) as writer:
+        writer.begin(table_of(ids))
+        for i, sample_id in enumerate(ids, start=1):
+            writer.add(entry_of(sample_id), {"x": features})
+            if i % 8 == 0:
+                writer.commit()
         writer.finish()
     tracemalloc.start()
     try:
-        assert compact_store(folder, shard_rows=n_rows).n_rewritten == 2
-        peak_bytes = tracemalloc.get_traced_memory()[1]
+        assert compact_store(folder, shard_rows=16).n_rewritten == n_half_full_shards
+        return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak_bytes < 5 * shard_bytes
+
+
+# Whatever stops it
+
+
+KILLED = """
+import os, shutil, sys
+from pathlib import Path
+from pipeline.store.compact import compact_store
+
+source, target = map(Path, sys.argv[1:])
+
+
+def kill_before(owner, name, left):
+    real = getattr(owner, name)
+
+    def counted(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            os._exit(9)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+for k in range(1000):
+    folder = shutil.copytree(source, target / f"{k:03d}")
+    child = os.fork()
+    if not child:
+        left = [k]
+        for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink")):
+            kill_before(owner, name, left)
+        compact_store(folder, shard_rows=20)
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+        break
+"""
+
+
+def test_killed_at_any_step_it_is_as_before_or_as_after(folder, contents, tmp_path):
+    """Every fsync, rename and removal is a step; the process ends right before it."""
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder), str(killed)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    before = read_manifest(folder).shards
+    rounds = sorted(killed.iterdir())
+    n_after = 0
+    for copy in rounds:
+        store = open_store(copy)
+        assert list(store.table.ids) == list(contents)
+        assert np.asarray(store.features()).tobytes() == expected(contents).tobytes()
+        assert store.failures == {"dög/004": "empty file (0 bytes)"}
+        is_after = store.manifest.shards != before
+        assert len(store.manifest.shards) == (2 if is_after else len(before))
+        n_after += is_after
+        with make_writer(copy) as writer:
+            writer.finish()
+        check(copy, contents)
+    for copy in (rounds[0], rounds[9], rounds[-1]):  # and it can be done again
+        compact_store(copy, shard_rows=20)
+        check(copy, contents)
+    assert 5 < n_after < len(rounds) - 5
+
+
+def test_a_backup_that_a_killed_process_left_behind_is_renewed(folder, contents):
+    """It names the shards that go next: should store.json be damaged then, it would be no use."""
+    old = (folder / "store.backup.json").read_bytes()
+    compact_store(folder)
+    (folder / "store.backup.json").write_bytes(old)
+    with make_writer(folder):
+        pass
+    check(folder, contents)
+
+
+def test_a_failure_right_after_the_commit_leaves_the_new_store(folder, contents):
+    obstacle = folder / "store.backup.json.tmp"
+    obstacle.mkdir()
+    with pytest.raises(ResourceError, match=r"store\.backup\.json failed"):
+        compact_store(folder)
+    assert len(open_store(folder).manifest.shards) == 1
+    assert np.asarray(open_store(folder).features()).tobytes() == expected(contents).tobytes()
+    obstacle.rmdir()
+    compact_store(folder)
+    check(folder, contents)
+
+
+@pytest.fixture
+def small_files_only():
+    """A limit to the size of files, which stands for a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(n_bytes: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("n_bytes", [1_000, 9_000])
+def test_a_full_disk_leaves_the_store_as_it_was(folder, small_files_only, n_bytes):
+    """No new shard fits, or the shards do, but not the new samples table."""
+    before = files(folder)
+    assert len(before[read_manifest(folder).samples.file]) > 9_000
+    small_files_only(n_bytes)
+    with pytest.raises(ResourceError, match="No room to write") as caught:
+        compact_store(folder, shard_rows=5)
+    assert caught.value.exit_code == 5
+    assert files(folder) == before
+
+
+def test_a_store_that_is_being_written_is_left_alone(folder):
+    with make_writer(folder), pytest.raises(LockedError) as caught:
+        compact_store(folder)
+    assert caught.value.exit_code == 6
+
+
+def test_a_folder_without_a_store(tmp_path):
+    with pytest.raises(StoreError, match="is not a feature store"):
+        compact_store(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_shard_is_not_spread(folder):
+    path = folder / "shards" / "000002.h5"
+    data = bytearray(path.read_bytes())
+    data[data.index(features_of("image 10")["low"].tobytes())] ^= 1
+    path.write_bytes(data)
+    before = files(folder)
+    with pytest.raises(CorruptStoreError, match=r"000002\.h5 does not hold the bytes") as caught:
+        compact_store(folder)
+    assert f"tlpipe verify {folder} --repair" in str(caught.value)
+    assert files(folder) == before
+
+
+def test_a_row_of_another_image_is_not_moved(folder):
+    """Files that are what they claim to be, but do not fit together."""
+    info = read_manifest(folder).samples
+    path = folder / info.file
+    with h5py.File(path, "r+") as file:
+        file["digest"][1] = np.frombuffer(entry_of("x").digest, np.uint8)
+    document = json.loads((folder / "store.json").read_bytes())
+    document["samples"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    document["checksum"] = _checksum(document)
+    (folder / "store.json").write_text(json.dumps(document))
+    with pytest.raises(CorruptStoreError, match=r"features of another image .* of 'cat/001'"):
+        compact_store(folder)
+    assert read_manifest(folder).samples.file == info.file
+
+
+# Readers
+
+
+def test_readers_go_on_through_compactions_and_extractions(folder, contents):
+    store = open_store(folder)
+    features, want = store.features(), expected(contents)
+    batches = store.batches(batch_size=6)
+    np.testing.assert_array_equal(next(batches).features, want[:6])
+    compact_store(folder, shard_rows=7)
+    np.testing.assert_array_equal(next(batches).features, want[6:12])
+    np.testing.assert_array_equal(features[::-1], want[::-1])
+    more = {**contents, "cat/new": "new"}
+    update(folder, more)
+    compact_store(folder, shard_rows=9)
+    compact_store(folder, shard_rows=11)
+    np.testing.assert_array_equal(next(batches).features, want[12:18])
+    update(folder, {**more, "cat/newer": "newer"})
+    compact_store(folder)
+    np.testing.assert_array_equal(np.concatenate([b.features for b in batches]), want[18:])
+    np.testing.assert_array_equal(features[:], want)
+    assert store.ids() == [i for i, content in contents.items() if content is not None]
+
+
+def test_rows_in_shards_that_stay_are_not_looked_for(tmp_path):
+    folder = tmp_path / "store"
+    update(folder, {f"cat/{i}": f"{i}" for i in range(4)})
+    contents = {f"cat/{i}": f"{i}" for i in range(6)}
+    update(folder, contents)
+    update(folder, contents := {**contents, "cat/6": "6"})
+    store = open_store(folder)
+    compact_store(folder, shard_rows=4)
+    np.testing.assert_array_equal(store.features()[:], expected(contents))
+    assert store._shard_of.tolist() == [1] * 4 + [4] * 3
+
+
+def test_a_row_that_is_gone_is_missed_only_by_who_reads_it(folder, contents):
+    store = open_store(folder)
+    features, want = store.features(), expected(contents)
+    update(folder, dict(list(contents.items())[1:]))
+    compact_store(folder)
+    np.testing.assert_array_equal(features[1:], want[1:])
+    for _ in range(2):
+        with pytest.raises(CorruptStoreError, match="the row of 'dög/000' was removed") as caught:
+            features[:5]
+        assert "Open it again." in str(caught.value)
+    np.testing.assert_array_equal(features[1:], want[1:])
+    update(folder, {"dög/000": "image 0", **dict(list(contents.items())[1:])})
+    compact_store(folder)
+    np.testing.assert_array_equal(features[:], want)
+
+
+def test_a_reader_beside_a_writer_that_compacts_all_the_time(folder, contents):
+    store, want = open_store(folder), expected(contents)
+    failures = []
+
+    def keep_writing():
+        try:
+            for k in range(8):
+                update(folder, {**contents, f"cat/new-{k}": f"new {k}"})
+                compact_store(folder, shard_rows=8 + k % 3)
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    writing = threading.Thread(target=keep_writing)
+    writing.start()
+    n_read = 0
+    while writing.is_alive():
+        np.testing.assert_array_equal(store.features()[:], want)
+        fresh = open_store(folder)
+        np.testing.assert_array_equal(fresh.features()[: len(want)], want)
+        n_read += 1
+    writing.join()
+    assert not failures
+    assert n_read > 1
