@@ -30,7 +30,7 @@ FOLDER_LAYOUTS = ("classes", "splits", "flat")
 @click.option("--repair", is_flag=True, help="Read every byte, and mend what can be mended.")
 @output_options
 def command(store: Path, content: bool, repair: bool, as_json: bool, quiet: bool) -> int:
-    """Check that a feature store is what was written, and say what mends it if not.
+    """Check that a feature store or a packed file is what was written, and say what mends it.
 
     Checked are the manifest and its copy, the samples table, every shard's size and structure, and
     that each sample's features were made from its image; with --content every byte of every file,
@@ -49,11 +49,7 @@ def command(store: Path, content: bool, repair: bool, as_json: bool, quiet: bool
     """
     console = Console(as_json=as_json, quiet=quiet)
     if store.is_file():
-        raise UsageError(
-            f"{store} is a file; what is checked is the folder of a store.\n"
-            "  A packed file is checked while it becomes one:  "
-            f"tlpipe unpack {shlex.quote(str(store))} FOLDER"
-        )
+        return _verify_pack(console, store, content=content, repair=repair)
     from pipeline.store.repair import repair_store
     from pipeline.store.verify import verify_store
 
@@ -64,19 +60,43 @@ def command(store: Path, content: bool, repair: bool, as_json: bool, quiet: bool
             report = repaired.after
         else:
             report = verify_store(store, content=content, on_progress=on_progress)
+    _print(console, report, repaired)
     manifest = report.manifest
     weights = None if manifest is None else weights_at_hand(manifest)
+    if weights is not None:
+        _show(console, "backbone", [weights.summary, *weights.differences])
+    if report.ok:
+        console.result("No problem is left." if repaired else "No problem was found.")
+    for note in report.notes:
+        console.note(f"Note: {printable(note)}")
     again = "" if manifest is None else extract_command(store, manifest)
-    if repaired is not None and repaired.forgot:
+    forgot = repaired is not None and repaired.forgot
+    if forgot:
         again += " --verify content"
-    _print(console, report, repaired, weights)
-    if report.ok and (report.n_pending or "--verify" in again):
+    if report.ok and (report.n_pending or forgot):
         console.note("Options that choose images, such as --limit, are not kept: add yours.")
         console.next_steps([again])
-    elif report.ok and content:
+    elif report.ok and report.content:
         console.note(f"To check the images too:  {again} --verify content")
     console.document(_document(report, repaired, weights, again))
     return EXIT_DONE if report.ok else StoreError.exit_code
+
+
+def _verify_pack(console: Console, path: Path, *, content: bool, repair: bool) -> int:
+    """The same for a file of ``tlpipe pack``, which cannot be mended but only made again."""
+    if repair:
+        raise UsageError(
+            f"{path} is a packed file: it can be made again from its store, not repaired.\n"
+            f"  tlpipe verify {shlex.quote(str(path))} --content"
+        )
+    from pipeline.store.pack import pack_problems
+
+    problems = pack_problems(path, content=content)
+    for problem in problems or ["No problem was found."]:
+        console.result(problem)
+    document = {"path": str(path), "ok": not problems, "content": content, "problems": problems}
+    console.document(document)
+    return StoreError.exit_code if problems else EXIT_DONE
 
 
 @contextmanager
@@ -91,39 +111,28 @@ def _progress(store: Path, *, hidden: bool) -> Iterator[Callable[[int], None] | 
         yield bar.update
 
 
-def _print(
-    console: Console,
-    report: VerifyReport,
-    repaired: RepairReport | None,
-    weights: Weights | None,
-) -> None:
+def _print(console: Console, report: VerifyReport, repaired: RepairReport | None) -> None:
     """Say what was done and looked at, what is wrong and what mends it."""
-    read = format_bytes(report.n_bytes_read)
+    console.result(str(report.folder))
+    if repaired is not None:
+        _show(console, "found", [f"{p.where} {p.what}" for p in repaired.before.problems])
+        _show(console, "repaired", repaired.done)
     skipped = f", {report.n_failed:,} skipped" if report.n_failed else ""
     pending = f", {report.n_pending:,} not embedded" if report.n_pending else ""
-    found = repaired.before.problems if repaired else []
-    facts = {
-        "found": [f"{problem.where} {problem.what}" for problem in found],
-        "repaired": repaired.done if repaired else [],
-        "samples": [f"{report.n_samples:,}: {report.n_ok:,} with features{skipped}{pending}"],
-        "shards": [f"{report.n_shards:,} with {report.n_rows:,} rows"],
-        "checked": [
-            f"every byte ({read})"
-            if report.content
-            else f"structure and sizes ({read} read); --content reads every byte"
-        ],
-        "backbone": [] if weights is None else [weights.summary, *weights.differences],
-        "PROBLEM": [f"{problem.where} {problem.what}" for problem in report.problems],
-        "mended by": list(dict.fromkeys(problem.remedy for problem in report.problems)),
-    }
-    console.result(str(report.folder))
-    for name, lines in facts.items():
-        for k, line in enumerate(lines):
-            console.result(f"  {'' if k else name:<10} {printable(line)}")
-    if report.ok:
-        console.result("No problem is left." if found else "No problem was found.")
-    for note in report.notes:
-        console.note(f"Note: {printable(note)}")
+    read = format_bytes(report.n_bytes_read)
+    samples = f"{report.n_samples:,}: {report.n_ok:,} with features{skipped}{pending}"
+    quickly = f"structure and sizes ({read} read); --content reads every byte"
+    _show(console, "samples", [samples])
+    _show(console, "shards", [f"{report.n_shards:,} with {report.n_rows:,} rows"])
+    _show(console, "checked", [f"every byte ({read})" if report.content else quickly])
+    _show(console, "PROBLEM", [f"{p.where} {p.what}" for p in report.problems])
+    _show(console, "mended by", list(dict.fromkeys(p.remedy for p in report.problems)))
+
+
+def _show(console: Console, name: str, lines: list[str]) -> None:
+    """Print lines beside the name of what they tell of."""
+    for k, line in enumerate(lines):
+        console.result(f"  {'' if k else name:<10} {printable(line)}")
 
 
 def _document(

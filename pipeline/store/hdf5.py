@@ -129,16 +129,19 @@ def dataset(
     Raises:
         StoreFormatError: it is missing, a link, stored elsewhere, or of another dtype or shape.
     """
-    where = f"{group.file.filename}: {group.name.rstrip('/')}/{name}"
+
+    def refused(why: str) -> StoreFormatError:
+        return StoreFormatError(f"{_where(group, name)} {why}.")
+
     found = _hard_linked(group, name)
     if not isinstance(found, h5py.Dataset):
-        raise StoreFormatError(f"{where} is missing or a link; a dataset was expected.")
+        raise refused("is missing or a link; a dataset was expected")
     plan = found.id.get_create_plist()
     filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
     # Any other filter could load a plugin, or grow out of a few bytes.
     allowed = [h5py.h5z.FILTER_FLETCHER32] if checksums else []
     if found.external or found.is_virtual or filters != allowed:
-        raise StoreFormatError(f"{where} is not a plain dataset of this file.")
+        raise refused("is not a plain dataset of this file")
     have = found.shape
     fits = (
         have is not None
@@ -147,15 +150,13 @@ def dataset(
     )
     if not fits or found.dtype != np.dtype(dtype):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise StoreFormatError(
-            f"{where} is {found.dtype} {have}, expected {np.dtype(dtype)} ({wanted})."
-        )
+        raise refused(f"is {found.dtype} {have}, expected {np.dtype(dtype)} ({wanted})")
     # A few bytes can promise terabytes, or zeros that nobody wrote.
     size_bytes = math.prod(found.shape) * found.dtype.itemsize
     if size_bytes > min(found.id.get_storage_size(), group.file.id.get_filesize()):
-        raise StoreFormatError(f"{where} promises {size_bytes:,} bytes, more than the file holds.")
+        raise refused(f"promises {size_bytes:,} bytes, more than the file holds")
     if checksums and not _has_whole_chunks(found):
-        raise StoreFormatError(f"{where} is not stored in chunks of whole rows with checksums.")
+        raise refused("is not stored in chunks of whole rows with checksums")
     return found
 
 
@@ -174,9 +175,12 @@ def group(parent: h5py.Group, name: str) -> h5py.Group:
     """The group ``name`` of ``parent``; a link or anything else is refused."""
     found = _hard_linked(parent, name)
     if not isinstance(found, h5py.Group):
-        where = f"{parent.file.filename}: {parent.name.rstrip('/')}/{name}"
-        raise StoreFormatError(f"{where} is not a group.")
+        raise StoreFormatError(f"{_where(parent, name)} is not a group.")
     return found
+
+
+def _where(parent: h5py.Group, name: str) -> str:
+    return f"{parent.file.filename}: {parent.name.rstrip('/')}/{name}"
 
 
 def _hard_linked(parent: h5py.Group, name: str) -> Any:

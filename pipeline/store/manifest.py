@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,11 @@ class Manifest:
         write_durably(folder / BACKUP_FILE, text.encode())
 
 
+def repair_command(folder: Path) -> str:
+    """What mends a damaged store."""
+    return f"tlpipe verify {shlex.quote(str(folder))} --repair"
+
+
 def is_store(path: Path) -> bool:
     """Whether ``path`` is a folder with a ``store.json``."""
     try:
@@ -185,7 +191,7 @@ def read_manifest(folder: Path, name: str = MANIFEST_FILE) -> Manifest:
         return parse_manifest(path, data)
     except CorruptStoreError as error:
         raise CorruptStoreError(
-            f"{error}\n  Restore it from its copy:  tlpipe verify {folder} --repair"
+            f"{error}\n  Restore it from its copy:\n  {repair_command(folder)}"
         ) from error
 
 

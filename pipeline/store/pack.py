@@ -357,7 +357,8 @@ def pack_problems(path: Path, *, content: bool) -> list[str]:
                 if not _is_finite(layer)
             ]
     except StoreError as error:
-        return [str(error)]
+        said = str(error)
+        return [said if "tlpipe " in said else f"{said}\n{_remedy(path)}"]
 
 
 def _unsealed_sha256(path: Path, offset: int) -> bytes:

@@ -87,7 +87,7 @@ def repair_store(folder: Path, *, on_progress: Callable[[int], None] | None = No
             return RepairReport(before, before)
         repair = _Repair(folder, {problem.where for problem in before.problems})
         repair.run()
-        after = verifier.verify() if repair.done else before
+        after = verifier.verify() if before.problems or repair.done else before
         return RepairReport(before, after, repair.done, repair.n_lost, repair.forgot)
     except OSError as error:
         raise write_error(folder / MANIFEST_FILE, error) from error
@@ -129,7 +129,8 @@ class _Repair:
             kept.write(self.folder)
         if VIEW_FILE in self.bad or not view_is_current(self.folder, kept):
             write_view(self.folder, kept, table)
-            self.done.append(f"Wrote {VIEW_FILE} again.")
+            if (self.folder / VIEW_FILE).exists():  # not where rows lie too scattered
+                self.done.append(f"Wrote {VIEW_FILE} again.")
 
     def _mend_manifest(self) -> Manifest:
         """What ``store.json`` said, from its copy where need be."""
@@ -137,6 +138,7 @@ class _Repair:
         assert manifest is not None, "the remedy of two damaged copies is another"
         if BACKUP_FILE in self.bad:
             self._set_aside(BACKUP_FILE)
+            self.done.append(f"Wrote {BACKUP_FILE} again.")
         if MANIFEST_FILE in self.bad:
             self._set_aside(MANIFEST_FILE)
             self.done.append(f"Restored {MANIFEST_FILE} from its copy {BACKUP_FILE}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from pipeline.errors import CorruptStoreError
 from pipeline.store.key import file_sha256
-from pipeline.store.manifest import FileInfo, Manifest
+from pipeline.store.manifest import FileInfo, Manifest, repair_command
 from pipeline.store.samples_file import read_samples_file
 from pipeline.store.shard import read_log
 from pipeline.store.table import LogEntry, SampleTable
@@ -56,7 +55,7 @@ def _damaged(path: Path, how: str) -> str:
         f"{path} does not hold the bytes that were committed: {how}.\n"
         "  It was damaged or changed from outside. Set it aside, then run the same tlpipe extract\n"
         "  again, which redoes only what it held:\n"
-        f"  tlpipe verify {shlex.quote(str(folder))} --repair"
+        f"  {repair_command(folder)}"
     )
 
 

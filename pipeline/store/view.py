@@ -80,8 +80,11 @@ def _without_nul(text: str) -> str:
 
 def view_is_current(folder: Path, manifest: Manifest) -> bool:
     """Whether ``features.h5`` shows the samples table that ``store.json`` names."""
+    path = folder / VIEW_FILE
+    if not path.is_file():  # to open a pipe would be to wait
+        return False
     try:
-        with open_file(folder / VIEW_FILE, KIND) as file:
+        with open_file(path, KIND) as file:
             return manifest.samples is not None and bool(
                 attribute(file, "samples") == manifest.samples.sha256
             )

@@ -23,6 +23,7 @@ from pipeline.store.manifest import (
     file_info,
     is_store,
     read_manifest,
+    repair_command,
 )
 from pipeline.store.samples_file import samples_file_bytes
 from pipeline.store.shard import feature_shape, read_digests, shard_bytes
@@ -146,7 +147,7 @@ class StoreWriter:
         elif any((self.folder / SHARD_FOLDER).glob("*.h5")):
             raise CorruptStoreError(
                 f"{self.folder} holds shards but no store.json, which is written before any shard."
-                f"\n  Restore it from its copy:  tlpipe verify {self.folder} --repair"
+                f"\n  Restore it from its copy:\n  {repair_command(self.folder)}"
             )
         self._index = self._index_table()
         sweep(self.folder, self.manifest if is_store(self.folder) else None)
