@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, UnidentifiedImageError
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from pipeline.data import codecs, jpeg
 from pipeline.errors import ImageError
@@ -222,7 +223,7 @@ def _decode_plain(image: ImageFile.ImageFile, data: bytes) -> DecodedImage | Non
     if pixels is None or tuple(pixels.shape) != (3, image.height, image.width):
         return None
     if kind == "JPEG":
-        _refuse_cut_jpeg(pixels, data)
+        _refuse_cut_jpeg(image, data, pixels)
         pixels = _upright(pixels, _orientation(image))
     return DecodedImage(pixels)
 
@@ -238,8 +239,8 @@ def _decode_any(
         pixels, notes = _sixteen_bit_png(data, background)
     else:
         pixels, notes = _to_rgb(image, background)
-    if image.format in ("JPEG", "MPO") and image.mode != "CMYK":
-        _refuse_cut_jpeg(pixels, data)
+    if image.format in ("JPEG", "MPO"):
+        _refuse_cut_jpeg(image, data, pixels)
     return DecodedImage(_upright(pixels, _orientation(image)), (*notes, *_frame_notes(image)))
 
 
@@ -262,9 +263,10 @@ def _decode_without_pillow(data: bytes, background: tuple[int, int, int]) -> Dec
     return DecodedImage(_as_tensor(_flatten(rgba, background)), notes)
 
 
-def _refuse_cut_jpeg(pixels: torch.Tensor, data: bytes) -> None:
+def _refuse_cut_jpeg(image: ImageFile.ImageFile, data: bytes, pixels: torch.Tensor) -> None:
     """Refuse a JPEG whose scan stops early but whose end marker is there: libjpeg accepts it."""
-    if not jpeg.may_be_cut(data, pixels):
+    # CMYK, which is rare, is looked at in any case: the grey of what is missing is no grey in RGB.
+    if image.mode != "CMYK" and not jpeg.may_be_cut(data, pixels):
         return
     try:
         longer = JpegImagePlugin.JpegImageFile(BytesIO(jpeg.with_longer_scans(data))).convert("RGB")
@@ -281,10 +283,10 @@ def _to_rgb(
     """Pixels (3, H, W) of a loaded image of any mode, and notes."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         eight_bit = _eight_bit(np.asarray(image).astype(np.uint32))
-        return _grey(eight_bit), ("16-bit pixels scaled to 8 bits",)
+        return _grey(eight_bit, image), ("16-bit pixels scaled to 8 bits",)
     if image.mode in ("I", "F"):
         eight_bit, note = _scale(np.asarray(image))
-        return _grey(eight_bit), (note,)
+        return _grey(eight_bit, image), (note,)
     notes = ("CMYK converted to RGB",) if image.mode == "CMYK" else ()
     try:
         if image.has_transparency_data:
@@ -346,8 +348,10 @@ def _scale(values: NDArray[np.generic]) -> tuple[NDArray[np.uint8], str]:
     return scaled.round().astype(np.uint8), f"{kind} pixels {how} 0…255"
 
 
-def _grey(values: NDArray[np.uint8]) -> torch.Tensor:
-    """Three equal channels, (3, H, W), of (H, W)."""
+def _grey(values: NDArray[np.uint8], image: Image.Image) -> torch.Tensor:
+    """Three equal channels, (3, H, W), of the (H, W) values of an image of more than 8 bits."""
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
+        values = 255 - values  # zero is white; Pillow turns only the plain ones round
     return torch.from_numpy(np.repeat(values[..., None], 3, axis=2)).permute(2, 0, 1)
 
 

@@ -48,6 +48,23 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What a manifest says of its samples; no image was looked for.
+
+    Attributes:
+        samples: one a path, in the manifest's order.
+        label_columns: every column but the path's and the split's.
+        has_split: whether there is a split column.
+        notes: what was left out, or taken as something else.
+    """
+
+    samples: list[Sample]
+    label_columns: tuple[str, ...]
+    has_split: bool
+    notes: list[str]
+
+
 def open_manifest(file: Path, spec: str, root: Path | None = None) -> DataSource:
     """List the samples of a manifest; no image is looked for but a few.
 
@@ -61,43 +78,72 @@ def open_manifest(file: Path, spec: str, root: Path | None = None) -> DataSource
         EmptySourceError: it has no row.
     """
     root = absolute(file.parent if root is None else root)
-    table = read_parquet(file) if file.suffix.lower() == ".parquet" else read_csv(file)
-    path_column = _find_column(table, "path")
-    if path_column is None:
-        raise ManifestError(
-            f"{file} has no column 'path'. Found: {quoted(table.columns, 10)}.\n"
-            "  Every row needs the path of an image, relative to the manifest's folder."
-        )
-    split_column = _find_column(table, "split")
-    label_columns = tuple(c for c in table.columns if c not in (path_column, split_column))
-    if not table.columns[path_column]:
-        raise EmptySourceError(f"{file} lists no image: it has a header, but no row.")
-    ids, files, notes = _resolve_paths(file, table, path_column, root)
-    splits = _read_splits(file, table, split_column, len(ids))
-    labels = zip(*(table.columns[c] for c in label_columns), strict=True)
-    rows = labels if label_columns else itertools.repeat((), len(ids))
-    samples = [Sample(*row) for row in zip(ids, files, rows, splits, strict=True)]
-    samples, repeated = _without_repeats(file, samples, table.place)
+    rows = read_rows(file, root)
     return DataSource(
         name=source_name(file.with_suffix("")),
         spec=spec,
         root=root,
         layout="manifest",
-        samples=samples,
-        label_columns=label_columns,
-        split_origin="given" if any(splits) else "none",
-        notes=[*table.notes, *notes, *repeated, *_wrong_root_notes(samples, root)],
+        samples=rows.samples,
+        label_columns=rows.label_columns,
+        split_origin="given" if any(sample.split for sample in rows.samples) else "none",
+        notes=[*rows.notes, *_wrong_root_notes(rows.samples, root)],
     )
 
 
-def read_csv(file: Path) -> Table:
+def read_rows(file: Path, root: Path, keys: Sequence[str] = ("path",)) -> Rows:
+    """Read a manifest.
+
+    Args:
+        file: a ``.csv`` or ``.parquet`` file.
+        root: the absolute folder that paths are relative to.
+        keys: columns that may name the samples, the first that is there does: "path" is resolved
+            from the root, "id" is taken as it is.
+
+    Raises:
+        ManifestError: it cannot be read, lacks a column, or contradicts itself.
+        EmptySourceError: it has no row.
+    """
+    is_parquet = file.suffix.lower() == ".parquet"
+    table = read_parquet(file, keys) if is_parquet else read_csv(file, keys)
+    key_column = _key_column(table.columns, keys)
+    if key_column is None:
+        raise ManifestError(
+            f"{file} has no column {' or '.join(map(repr, keys))}. "
+            f"Found: {quoted(table.columns, 10)}.\n"
+            f"  Every row needs the path of an image, relative to {root}."
+        )
+    split_column = _find_column(table.columns, "split")
+    label_columns = tuple(c for c in table.columns if c not in (key_column, split_column))
+    if not table.columns[key_column]:
+        raise EmptySourceError(f"{file} lists no image: it has a header, but no row.")
+    texts = _key_texts(file, table, key_column)
+    notes: list[str] = []
+    if key_column.casefold() == "id":
+        ids = files = [to_id(text) for text in texts]
+    else:
+        ids, files, notes = _resolve_paths(file, table, texts, root)
+    splits = _read_splits(file, table, split_column, len(ids))
+    labels = zip(*(table.columns[c] for c in label_columns), strict=True)
+    rows = labels if label_columns else itertools.repeat((), len(ids))
+    samples = [Sample(*row) for row in zip(ids, files, rows, splits, strict=True)]
+    samples, repeated = _without_repeats(file, samples, table.place)
+    notes = [*table.notes, *notes, *repeated]
+    return Rows(samples, label_columns, split_column is not None, notes)
+
+
+def read_csv(file: Path, keys: Sequence[str] = ("path",)) -> Table:
     """Read a CSV file: UTF-8 with or without a byte order mark, ``,`` ``;`` or tabs between.
+
+    Args:
+        file: the CSV file.
+        keys: columns that may name the samples; the one that does is left as it stands.
 
     Raises:
         ManifestError: it is not UTF-8, not CSV, or a row has too many or too few fields.
     """
     try:
-        rows, lines = _csv_rows(file)
+        rows, lines = _csv_rows(file, keys)
     except UnicodeDecodeError as error:
         raise ManifestError(
             f"{file} is not UTF-8 text (byte {error.start}).\n"
@@ -111,14 +157,14 @@ def read_csv(file: Path) -> Table:
     lines.pop(0)
     _check_row_lengths(file, header, rows, lines)
     raw = list(zip(*rows, strict=True)) if rows else [()] * len(header)
-    return _table(file, header, raw, lambda row: f"line {lines[row]}")
+    return _table(file, header, raw, lambda row: f"line {lines[row]}", keys)
 
 
-def _csv_rows(file: Path) -> tuple[list[list[str]], list[int]]:
+def _csv_rows(file: Path, keys: Sequence[str]) -> tuple[list[list[str]], list[int]]:
     """Every row that is not blank, and the line on which it ends."""
     rows: list[list[str]] = []
     lines: list[int] = []
-    delimiter = _delimiter(file)
+    delimiter = _delimiter(file, keys)
     with file.open(encoding="utf-8-sig", newline="") as text:
         reader = csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=True)
         try:
@@ -133,14 +179,14 @@ def _csv_rows(file: Path) -> tuple[list[list[str]], list[int]]:
     return rows, lines
 
 
-def _delimiter(file: Path) -> str:
-    """The character between the header's fields: the one that leaves a column called "path"."""
+def _delimiter(file: Path, keys: Sequence[str]) -> str:
+    """The character between the header's fields: the one that leaves a column of paths."""
     with file.open("rb") as data:
         start = data.read(4096)
     header = start.decode("utf-8-sig", "replace").splitlines()[:1]
     for delimiter in ",;\t":
-        names = next(csv.reader(header, delimiter=delimiter), [])
-        if any(name.strip().casefold() == "path" for name in names):
+        cells = next(csv.reader(header, delimiter=delimiter), [])
+        if any(cell.strip().casefold() in keys for cell in cells):
             return delimiter
     return ","
 
@@ -160,8 +206,12 @@ def _check_row_lengths(
         )
 
 
-def read_parquet(file: Path) -> Table:
+def read_parquet(file: Path, keys: Sequence[str] = ("path",)) -> Table:
     """Read a Parquet file.
+
+    Args:
+        file: the Parquet file.
+        keys: columns that may name the samples; the one that does is left as it stands.
 
     Raises:
         ManifestError: pyarrow is not installed, or the file is not Parquet.
@@ -184,7 +234,7 @@ def read_parquet(file: Path) -> Table:
         raise DataError(f"Cannot read {file}: {error.strerror}.") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{file} is not a readable Parquet file: {error}") from error
-    table = _table(file, content.column_names, raw, lambda row: f"row {row + 1}")
+    table = _table(file, content.column_names, raw, lambda row: f"row {row + 1}", keys)
     if nested:
         table.notes.append(f"Columns {quoted(nested)} hold no text or numbers: left out.")
     return table
@@ -201,8 +251,10 @@ def _table(
     header: Sequence[str],
     raw: Sequence[Sequence[Any]],
     place: Callable[[int], str],
+    keys: Sequence[str],
 ) -> Table:
     """Clean text columns from raw ones; columns without a name are row numbers, left out."""
+    key_column = _key_column(header, keys)
     repeated = sorted({name for name in header if header.count(name) > 1 and name})
     if repeated:
         raise ManifestError(f"{file} has more than one column called {quoted(repeated)}.")
@@ -212,8 +264,9 @@ def _table(
         if not name or re.fullmatch(r"Unnamed: \d+|__index_level_\d+__", name):
             notes.append(f"A column {'without a name' if not name else repr(name)} left out.")
             continue
+        is_key = name == key_column
         name = unicodedata.normalize("NFC", name)
-        if name.casefold() == "path":
+        if is_key:
             # As it stands: a file's name may begin or end with a space.
             columns[name] = [str(v) if v is not None and str(v).strip() else None for v in values]
             continue
@@ -243,11 +296,18 @@ def _are_whole_floats(texts: Iterable[str | None]) -> bool:
     return bool(present) and all(re.fullmatch(r"-?\d+\.0", text) for text in present)
 
 
-def _find_column(table: Table, wanted: str) -> str | None:
+def _key_column(columns: Iterable[str], keys: Sequence[str]) -> str | None:
+    columns = list(columns)
+    found = (_find_column(columns, key) for key in keys)
+    return next((column for column in found if column is not None), None)
+
+
+def _find_column(columns: Iterable[str], wanted: str) -> str | None:
     """A column by name; in another case only where nothing has the exact name."""
-    if wanted in table.columns:
+    columns = list(columns)
+    if wanted in columns:
         return wanted
-    return next((name for name in table.columns if name.casefold() == wanted), None)
+    return next((name for name in columns if name.casefold() == wanted), None)
 
 
 def _read_splits(file: Path, table: Table, column: str | None, n_rows: int) -> list[str]:
@@ -265,17 +325,20 @@ def _read_splits(file: Path, table: Table, column: str | None, n_rows: int) -> l
     return [splits[text] or "" for text in values]
 
 
-def _resolve_paths(
-    file: Path, table: Table, column: str, root: Path
-) -> tuple[list[str], list[str], list[str]]:
-    """Ids, files and notes for a column of paths; see :func:`_below_root` for what is accepted."""
-    paths = table.columns[column]
-    blank = [i for i, path in enumerate(paths) if path is None]
+def _key_texts(file: Path, table: Table, column: str) -> list[str]:
+    values = table.columns[column]
+    blank = [i for i, value in enumerate(values) if value is None]
     if blank:
         shown = ", ".join(table.place(i) for i in blank[:N_SHOWN])
-        raise ManifestError(f"{file} has no path in {shown}{_and_more(len(blank))}.")
-    texts = [str(path) for path in paths]
-    texts, notes = _with_slashes(texts, root)
+        raise ManifestError(f"{file} has no {column} in {shown}{_and_more(len(blank))}.")
+    return [str(value) for value in values]
+
+
+def _resolve_paths(
+    file: Path, table: Table, paths: list[str], root: Path
+) -> tuple[list[str], list[str], list[str]]:
+    """Ids, files and notes for a column of paths; see :func:`_below_root` for what is accepted."""
+    texts, notes = _with_slashes(paths, root)
     prefix = f"{str(root).rstrip('/')}/"
     roots = dict.fromkeys((root.as_posix(), root.resolve().as_posix()))
     if not _UNUSUAL_PATH.search("\n".join(texts)):

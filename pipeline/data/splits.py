@@ -14,6 +14,8 @@ from pipeline.data.names import counted, quoted
 from pipeline.data.samples import SPLITS, DataSource, Sample, main_labels
 from pipeline.errors import UsageError
 
+_Hashes = tuple[NDArray[np.uint64], NDArray[np.uint64]]
+
 
 def stratified_split(
     ids: Sequence[str], labels: Sequence[str | None], fraction: float, seed: int
@@ -41,7 +43,7 @@ def stratified_split(
         raise UsageError(f"The share to hold out is {fraction}; expected 0 <= share < 1.")
     if not ids or fraction == 0:
         return np.zeros(len(ids), dtype=bool)
-    ranks, codes, sizes = _class_ranks(ids, labels, seed)
+    ranks, codes, sizes = _class_ranks(_hash_ids(ids, seed), labels)
     n_held_out = np.rint(sizes * fraction)
     n_held_out = np.minimum(np.maximum(n_held_out, 1), sizes - 1)
     is_labelled = np.fromiter((label is not None for label in labels), bool, len(ids))
@@ -68,38 +70,37 @@ def stratified_limit(
     """
     if len(ids) <= limit:
         return np.ones(len(ids), dtype=bool)
-    ranks, codes, sizes = _class_ranks(ids, labels, seed)
-    high, low = _hash_ids(ids, seed)
-    order = np.lexsort((low, high, (ranks + 0.5) / sizes[codes]))
+    hashes = _hash_ids(ids, seed)
+    ranks, codes, sizes = _class_ranks(hashes, labels)
+    order = np.lexsort((*hashes, (ranks + 0.5) / sizes[codes]))
     stays = np.zeros(len(ids), dtype=bool)
     stays[order[:limit]] = True
     return stays
 
 
-def _hash_ids(ids: Sequence[str], seed: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The first 128 bits of every id's hash, as two columns of 64."""
+def _hash_ids(ids: Sequence[str], seed: int) -> _Hashes:
+    """The first 128 bits of every id's hash, as two columns of 64, the lower one first."""
     prefix = f"{seed}:"
     digests = b"".join(
         hashlib.sha256((prefix + id).encode("utf-8", "surrogatepass")).digest()[:16] for id in ids
     )
     hashes = np.frombuffer(digests, dtype=">u8").astype(np.uint64).reshape(-1, 2)
-    return hashes[:, 0], hashes[:, 1]
+    return hashes[:, 1], hashes[:, 0]
 
 
 def _class_ranks(
-    ids: Sequence[str], labels: Sequence[str | None], seed: int
+    hashes: _Hashes, labels: Sequence[str | None]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Each sample's rank by hash within its class, its class's number, and the class sizes."""
     numbers: dict[str | None, int] = {}
     codes = np.fromiter(
-        (numbers.setdefault(label, len(numbers)) for label in labels), np.int64, len(ids)
+        (numbers.setdefault(label, len(numbers)) for label in labels), np.int64, len(labels)
     )
-    high, low = _hash_ids(ids, seed)
-    order = np.lexsort((low, high, codes))
+    order = np.lexsort((*hashes, codes))
     sizes = np.bincount(codes).astype(np.int64)
     starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
-    ranks = np.empty(len(ids), dtype=np.int64)
-    ranks[order] = np.arange(len(ids)) - starts[codes[order]]
+    ranks = np.empty(len(labels), dtype=np.int64)
+    ranks[order] = np.arange(len(labels)) - starts[codes[order]]
     return ranks, codes, sizes
 
 

@@ -22,21 +22,29 @@ def graceful_interrupt(tell: Callable[[str], None]) -> Iterator[Callable[[], boo
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    asked = False
+    n_asked = 0
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in signals}
 
     def on_signal(number: int, _: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+        nonlocal n_asked
+        n_asked += 1
+        if n_asked == 1:
+            tell("Stopping after the batch in hand; once more stops at once.")
+            return
         for each, handler in before.items():
             signal.signal(each, handler)
-        tell("Stopping after the batch in hand; once more stops at once.")
+        signal.raise_signal(number)
+
+    def should_stop() -> bool:
+        if n_asked > 1:  # an exception raised within a destructor is lost
+            raise KeyboardInterrupt
+        return n_asked == 1
 
     for number in signals:
         signal.signal(number, on_signal)
     try:
-        yield lambda: asked
+        yield should_stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -18,6 +18,7 @@ from pipeline.errors import ImageError
 from pipeline.store.table import NO_DIGEST
 
 MAX_FILE_BYTES = 1_000_000_000
+_TOO_LARGE = "too large for the memory that is left"
 _BINARY = getattr(os, "O_BINARY", 0)
 
 
@@ -57,6 +58,8 @@ def load(file: str, preprocess: Preprocess, is_known: Callable[[bytes], bool]) -
             data = stream.read(-1)
     except OSError as error:
         return Loaded(failure=f"cannot be read ({error.strerror})")
+    except MemoryError:
+        return Loaded(failure=_TOO_LARGE)
     digest = hashlib.sha256(data).digest()
     facts = (digest, len(data), stat.st_mtime_ns)
     if len(data) != stat.st_size:
@@ -69,7 +72,7 @@ def load(file: str, preprocess: Preprocess, is_known: Callable[[bytes], bool]) -
     except ImageError as error:
         return Loaded(*facts, failure=str(error))
     except MemoryError:
-        return Loaded(*facts, failure="too large for the memory that is left")
+        return Loaded(*facts, failure=_TOO_LARGE)
 
 
 def load_in_order(
