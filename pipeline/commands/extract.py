@@ -21,7 +21,6 @@ from pipeline.commands.console import (
 from pipeline.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SKIPPED
 
 if TYPE_CHECKING:
-    from pipeline.data import DataSource
     from pipeline.extract.extractor import ExtractReport
 
 SHOWN_FAILURES = 20
@@ -183,27 +182,25 @@ def command(
             verify_content=verify == "content",
             on_plan=progress.start,
             on_progress=progress.advance,
+            on_note=lambda text: console.note(f"Note: {printable(text)}"),
             should_stop=should_stop,
         )
     _print(console, report)
     if report.interrupted:
         console.note(f"\nInterrupted. Go on with:\n  {_command_line()}")
         return EXIT_INTERRUPTED
-    console.next_steps(_next_steps(source, shlex.quote(str(report.store))))
+    console.next_steps(_next_steps(report.n_labels, shlex.quote(str(report.store))))
     console.result(str(report.store))
     return EXIT_SKIPPED if report.failures else EXIT_DONE
 
 
-def _next_steps(source: DataSource, store: str) -> list[str]:
+def _next_steps(n_labels: dict[str, int], store: str) -> list[str]:
     """Commands that will work on this store."""
-    columns = source.label_columns
-    if not columns:
+    chosen = "label" if "label" in n_labels else next(iter(n_labels), "")
+    if n_labels.get(chosen, 0) < 2:
         return [f"tlpipe inspect {store}"]
-    chosen = "label" if "label" in columns else columns[0]
-    labels = {sample.labels[columns.index(chosen)] for sample in source.samples} - {None}
-    if len(labels) < 2:
-        return [f"tlpipe inspect {store}"]
-    option = "" if chosen == "label" or len(columns) == 1 else f" --label {shlex.quote(chosen)}"
+    is_clear = chosen == "label" or len(n_labels) == 1
+    option = "" if is_clear else f" --label {printable(shlex.quote(chosen))}"
     return [f"tlpipe fit-head {store}{option}", f"tlpipe inspect {store}"]
 
 
@@ -216,7 +213,9 @@ def _print(console: Console, report: ExtractReport) -> None:
         f"{report.n_samples:,} samples: {n_found:,} found in the store, {report.n_embedded:,} "
         f"embedded, {len(report.failures):,} skipped ({format_seconds(report.seconds)})."
     )
-    if report.n_linked:
+    if report.read_all and report.n_linked:
+        console.note(f"Every file was read: {report.n_linked:,} hold bytes that are known.")
+    elif report.n_linked:
         console.note(
             f"{report.n_linked:,} of those found are copies: their bytes are embedded already."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,15 @@ from pipeline.commands.console import Console, format_bytes, output_options, pri
 from pipeline.errors import EXIT_DONE, StoreError
 
 if TYPE_CHECKING:
-    from pipeline.store import Store
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pipeline.store import SampleTable, Store
 
 SHOWN_CLASSES = 20
+NO_LABEL = "(none)"
 
 
 @click.command()
@@ -23,9 +30,9 @@ SHOWN_CLASSES = 20
 def command(path: Path, failures: bool, as_json: bool, quiet: bool) -> int:
     """Show what the feature store or the run at PATH holds.
 
-    For a store: layers with their shapes, samples and classes of each split, what was skipped
-    and why, and the recipe that decides the features' values. For a run: the head, the setting
-    that was chosen, and its scores.
+    For a store: layers with their shapes, what each column of labels or metadata holds in each
+    split, what was skipped and why, and the recipe that decides the features' values. For a run:
+    the head, the setting that was chosen, and its scores.
 
     \b
     Examples:
@@ -36,11 +43,11 @@ def command(path: Path, failures: bool, as_json: bool, quiet: bool) -> int:
     console = Console(as_json=as_json, quiet=quiet)
     from pipeline.store.manifest import is_store
 
-    if is_store(path):
+    if is_store(path) or path.is_file():
         from pipeline.store import open_store
 
         store = open_store(path)
-        document = describe_store(store)
+        document = describe_store(store, None if as_json else SHOWN_CLASSES)
         console.document(document)
         if failures:
             for sample_id, reason in store.failures.items():
@@ -57,23 +64,34 @@ def command(path: Path, failures: bool, as_json: bool, quiet: bool) -> int:
     return EXIT_DONE
 
 
-def describe_store(store: Store) -> dict[str, Any]:
-    """Everything worth knowing about a store, as plain values for JSON."""
-    from pipeline.store.table import SPLIT_NAMES, Status
+def describe_store(store: Store, max_classes: int | None = None) -> dict[str, Any]:
+    """Everything worth knowing about a store, as plain values for JSON.
+
+    Args:
+        store: the store.
+        max_classes: how many classes of a column to count; None for all. There may be as many as
+            samples, where a column holds metadata.
+    """
+    import numpy as np
+
+    from pipeline.store.table import Status
 
     manifest, table = store.manifest, store.table
-    splits = store.splits().tolist()
+    counts = {name: _counts(column.codes, table) for name, column in table.labels.items()}
+    in_splits = _counts(np.zeros(len(table), np.int32), table).sum(axis=0)
     return {
         "path": str(store.path),
         "source": manifest.source,
         "n_samples": len(table),
         "n_with_features": len(store),
         "n_pending": table.count(Status.PENDING),
-        "splits": {name: splits.count(name) for name in SPLIT_NAMES if name in splits},
+        "splits": _by_split(in_splits.tolist()),
         "classes": {
-            column: _class_counts(store.labels(column).tolist(), splits)
-            for column in store.label_columns
+            name: _by_class(table.labels[name].categories, counts[name], max_classes)
+            for name in counts
         },
+        "n_classes": {name: int(n[1:].any(axis=1).sum()) for name, n in counts.items()},
+        "relabelled": manifest.relabelled,
         "layers": {
             name: {"shape": list(layer.shape), "dtype": layer.dtype}
             for name, layer in manifest.layers.items()
@@ -88,17 +106,39 @@ def describe_store(store: Store) -> dict[str, Any]:
     }
 
 
-def _class_counts(labels: list[str | None], splits: list[str]) -> dict[str, dict[str, int]]:
-    """Samples by class and split."""
-    counts: dict[str, dict[str, int]] = {}
-    for label, split in zip(labels, splits, strict=True):
-        of_class = counts.setdefault("(none)" if label is None else label, {})
-        of_class[split] = of_class.get(split, 0) + 1
-    return dict(sorted(counts.items()))
+def _counts(codes: NDArray[np.int32], table: SampleTable) -> NDArray[np.int64]:
+    """(n_labels + 1, n_splits) samples with features by label and split; row 0 has no label."""
+    import numpy as np
+
+    from pipeline.store.table import SPLIT_NAMES
+
+    ready, n_splits = table.ready, len(SPLIT_NAMES)
+    n_rows = int(codes.max(initial=-1)) + 2
+    cells = (codes[ready].astype(np.int64) + 1) * n_splits + table.splits[ready]
+    counts: NDArray[np.int64] = np.bincount(cells, minlength=n_rows * n_splits)
+    return counts.reshape(n_rows, n_splits)
+
+
+def _by_class(
+    labels: Sequence[str], counts: NDArray[np.int64], max_classes: int | None
+) -> dict[str, dict[str, int]]:
+    """Samples by class and split, of the first classes that have any."""
+    present = counts.sum(axis=1).nonzero()[0][:max_classes]
+    return {
+        labels[i - 1] if i else NO_LABEL: _by_split(row)
+        for i, row in zip(present.tolist(), counts[present].tolist(), strict=True)
+    }
+
+
+def _by_split(counts: Sequence[int]) -> dict[str, int]:
+    from pipeline.store.table import SPLIT_NAMES
+
+    return {name: n for name, n in zip(SPLIT_NAMES, counts, strict=True) if n}
 
 
 def _print_store(console: Console, document: dict[str, Any]) -> None:
     source, recipe = document["source"], document["recipe"]
+    relabelled = (f"{column} from {file}" for column, file in document["relabelled"].items())
     facts = [
         ("data source", f"{source.get('spec')} ({source.get('layout')})"),
         ("samples", _sample_summary(document)),
@@ -109,10 +149,13 @@ def _print_store(console: Console, document: dict[str, Any]) -> None:
         ("views", str(document["n_views"])),
         ("size", f"{format_bytes(document['size_bytes'])} in {document['n_shards']} shard(s)"),
         ("key", document["key"]),
+        ("columns", ", ".join(f"{name} ({n:,})" for name, n in document["n_classes"].items())),
+        ("relabelled", ", ".join(relabelled)),
     ]
     console.result(document["path"])
     for name, value in facts:
-        console.result(f"  {name:<12} {printable(value)}")
+        if value:
+            console.result(f"  {name:<12} {printable(value)}")
     console.table(
         ["layer", "shape", "dtype"],
         [
@@ -124,19 +167,23 @@ def _print_store(console: Console, document: dict[str, Any]) -> None:
         splits = list(document["splits"])
         rows = [
             [printable(label), *(f"{counts.get(split, 0):,}" for split in splits)]
-            for label, counts in list(classes.items())[:SHOWN_CLASSES]
+            for label, counts in classes.items()
         ]
-        if len(classes) > SHOWN_CLASSES:
-            rows.append([f"… {len(classes) - SHOWN_CLASSES} more classes", *("" for _ in splits)])
+        n_classes = document["n_classes"][column]
+        n_more = n_classes - len(classes.keys() - {NO_LABEL})
+        if n_more:
+            rows.append([f"… {n_more:,} more", *("" for _ in splits)])
         console.table(
-            [f"{column} ({len(classes)})", *(split or "no split" for split in splits)], rows
+            [f"{printable(column)} ({n_classes:,})", *(split or "no split" for split in splits)],
+            rows,
         )
     if document["failures"]:
         console.result(f"Skipped ({len(document['failures'])}):")
         for sample_id, reason in list(document["failures"].items())[:SHOWN_CLASSES]:
             console.result(f"  {printable(sample_id)}: {reason}")
         if len(document["failures"]) > SHOWN_CLASSES:
-            console.result(f"  … all of them:  tlpipe inspect {document['path']} --failures")
+            shown = shlex.quote(document["path"])
+            console.result(f"  … all of them:  tlpipe inspect {shown} --failures")
 
 
 def _input_summary(recipe: dict[str, Any]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from pipeline.errors import DataError, EmptySourceError
 from pipeline.extract.fold import fold_batchnorm
 from pipeline.extract.forward import FrozenForward
 from pipeline.extract.loader import Loaded, load, load_in_order
-from pipeline.extract.place import check_writable, is_elsewhere, root_text, store_folder
-from pipeline.extract.plan import make_plan
+from pipeline.extract.place import check_writable, kept_beside, root_text, store_folder
+from pipeline.extract.plan import Plan, make_plan
 from pipeline.extract.precision import resolve_device, resolve_precision
 from pipeline.extract.recipe import build_recipe
-from pipeline.store.manifest import LayerInfo
+from pipeline.store.manifest import LayerInfo, is_store
+from pipeline.store.relabel import SPLIT, split_origin
 from pipeline.store.table import LogEntry, Status
 from pipeline.store.writer import StoreWriter
 
@@ -76,9 +78,11 @@ class ExtractReport:
         n_embedded: images that went through the network.
         n_linked: samples whose bytes were embedded already, under this or another id.
         n_decoded: images that were decoded.
+        read_all: whether every file was read, also those that seemed current.
         n_removed: samples that left the data source since the last run.
         failures: why a sample has no features, by id.
         notes: how many images were converted, by what was done to them.
+        n_labels: different labels of each label column of the store.
         seconds: of the whole run.
         interrupted: whether it was asked to stop before the end.
     """
@@ -89,9 +93,11 @@ class ExtractReport:
     n_embedded: int = 0
     n_linked: int = 0
     n_decoded: int = 0
+    read_all: bool = False
     n_removed: int = 0
     failures: dict[str, str] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
+    n_labels: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     interrupted: bool = False
 
@@ -179,6 +185,7 @@ def extract(
     verify_content: bool = False,
     on_plan: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_note: Callable[[str], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> ExtractReport:
     """Embed every image of ``source`` that the store does not hold yet.
@@ -191,6 +198,7 @@ def extract(
         verify_content: read every file instead of trusting size and modification time.
         on_plan: is told the number of samples and how many of them have to be read.
         on_progress: is told how many more samples are done.
+        on_note: is told, in a sentence each, what is worth knowing before anything is embedded.
         should_stop: asked after each batch; what was done so far is committed and kept.
 
     Raises:
@@ -205,24 +213,19 @@ def extract(
         raise EmptySourceError(f"{source.spec} has no image.")
     embedder = Embedder(backbone, settings or Settings())
     folder = store_folder(cache_dir, source, embedder.recipe)
-    described = {
-        "name": source.name,
-        "spec": to_id(source.spec),
-        "root": root_text(source),
-        "layout": source.layout,
-        "split_origin": source.split_origin,
-    }
-    moved = is_elsewhere(folder, source)
+    if not is_store(folder):
+        _tell_what_is_kept(folder, source, embedder, on_note)
     report = ExtractReport(folder, n_samples=len(source.samples))
     with StoreWriter(
-        folder, embedder.recipe, embedder.layers, described, provenance=embedder.provenance()
+        folder,
+        embedder.recipe,
+        embedder.layers,
+        _described(source),
+        provenance=embedder.provenance(),
     ) as writer:
-        plan = make_plan(source, writer.table, verify_content=verify_content or moved)
-        report.n_removed = plan.n_removed
-        report.n_cached = len(source.samples) - len(plan.todo)
+        plan = _begin(writer, source, report, verify_content=verify_content, on_note=on_note)
         if on_plan is not None:
             on_plan(len(source.samples), len(plan.todo))
-        writer.begin(plan.table)
         samples = [source.samples[i] for i in plan.todo]
         if samples:
             _embed(samples, embedder, writer, report, on_progress, should_stop)
@@ -231,6 +234,7 @@ def extract(
         assert table is not None
         failed = np.flatnonzero(table.statuses == Status.FAILED)
         report.failures = {table.ids[i]: table.reasons[i] for i in failed.tolist()}
+        report.n_labels = {name: len(column.categories) for name, column in table.labels.items()}
     report.seconds = time.perf_counter() - started
     if len(report.failures) == report.n_samples:
         raise DataError(
@@ -238,6 +242,70 @@ def extract(
             + "\n".join(f"  {i}: {why}" for i, why in list(report.failures.items())[:5])
         )
     return report
+
+
+def _tell_what_is_kept(
+    folder: Path, source: DataSource, embedder: Embedder, on_note: Callable[[str], None]
+) -> None:
+    """Say how the store that is about to be made differs from the one that is there already."""
+    kept, differences = kept_beside(folder, source, embedder.recipe)
+    if differences:
+        on_note(f"{kept} is kept: it differs in {'; '.join(differences)}. Extracting beside it.")
+
+
+def _described(source: DataSource) -> dict[str, Any]:
+    """What a store says of its data source."""
+    return {
+        "name": source.name,
+        "spec": to_id(source.spec),
+        "root": root_text(source),
+        "layout": source.layout,
+        "split_origin": source.split_origin,
+    }
+
+
+def _begin(
+    writer: StoreWriter,
+    source: DataSource,
+    report: ExtractReport,
+    *,
+    verify_content: bool,
+    on_note: Callable[[str], None],
+) -> Plan:
+    """Make the data source's samples those of the store; what is still valid stays."""
+    known, relabelled = writer.manifest.source, writer.manifest.relabelled
+    described = _described(source)
+    moved = known.get("root") != described["root"]
+    plan = make_plan(
+        source,
+        writer.table,
+        verify_content=verify_content,
+        is_elsewhere=moved,
+        relabelled=relabelled,
+    )
+    if relabelled:
+        on_note(_relabelled_text(writer.folder, relabelled))
+    if SPLIT in relabelled and plan.n_added:
+        described["split_origin"] = split_origin(relabelled[SPLIT], source.split_origin)
+    elif SPLIT in relabelled:
+        described["split_origin"] = known.get("split_origin", "")
+    writer.begin(plan.table, source=described)
+    report.read_all = verify_content or moved
+    report.n_removed = plan.n_removed
+    report.n_cached = len(source.samples) - len(plan.todo)
+    return plan
+
+
+def _relabelled_text(folder: Path, relabelled: Mapping[str, str]) -> str:
+    """Which columns are not the data source's, and how to have those again."""
+    columns: dict[str, list[str]] = {}
+    for column, file in relabelled.items():
+        columns.setdefault(file, []).append(column)
+    parts = [f"{', '.join(names)} from {file}" for file, names in columns.items()]
+    return (
+        f"As set by `tlpipe relabel`: {'; '.join(parts)}. To take the data source's again:  "
+        f"tlpipe relabel {shlex.quote(str(folder))} --reset"
+    )
 
 
 def _embed(
@@ -256,12 +324,12 @@ def _embed(
     gathered: list[tuple[Sample, Loaded]] = []
     images: dict[bytes, torch.Tensor] = {}
     for k, (sample, one) in enumerate(zip(samples, loaded, strict=True), start=1):
-        gathered.append((sample, one))
         report.n_decoded += one.pixels is not None
         for note in one.notes:
             report.notes[note] = report.notes.get(note, 0) + 1
         if one.pixels is not None and writer.find(one.digest) is None:
             images.setdefault(one.digest, one.pixels)
+        gathered.append((sample, replace(one, pixels=None)))  # copies need no pixels of their own
         full = len(images) == embedder.batch_size or len(gathered) == GATHERED_SAMPLES
         if not full and k < len(samples):
             continue

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.names import to_id
 from pipeline.data.samples import DataSource
 from pipeline.errors import StoreError
-from pipeline.store.key import recipe_key
+from pipeline.store.key import recipe_differences, recipe_key
 from pipeline.store.manifest import is_store, read_manifest
 from pipeline.store.reader import open_store
 
@@ -21,20 +23,47 @@ _COMPARED_SAMPLES = 16
 def store_folder(cache_dir: Path, source: DataSource, recipe: dict[str, Any]) -> Path:
     """``cache/<data source>/<backbone>-<first 8 of key>``.
 
-    A data folder that was moved, copied or renamed is recognised by its files' names and sizes,
-    and keeps its store. Another folder that happens to have the same name gets a store of its own
-    in ``cache/<data source>-<6 digits>/``.
+    A data folder that was moved, copied or renamed is recognised by the content of its files, and
+    keeps its store. Another folder that happens to have the same name gets a store of its own in
+    ``cache/<data source>-<6 digits>/``.
     """
     backbone = str(recipe["backbone"]).removeprefix("torchvision:").replace(":", "-")
     name = f"{backbone}-{recipe_key(recipe)[:8]}"
-    folder = cache_dir / source.name / name
-    if not is_store(folder):
-        renamed = (f for f in sorted(cache_dir.glob(f"*/{name}")) if _was_renamed(f, source))
-        return next(renamed, folder)
-    if _holds(folder, source):
-        return folder
-    digits = hashlib.sha256(root_text(source).encode()).hexdigest()[:6]
-    return cache_dir / f"{source.name}-{digits}" / name
+    digits = hashlib.sha256(root_text(source).encode()).hexdigest()
+    folders = [source.name, *(f"{source.name}-{digits[:n]}" for n in range(6, len(digits)))]
+    own = [cache_dir / folder / name for folder in folders]
+    for folder in own[:2]:
+        if is_store(folder) and not is_elsewhere(folder, source):
+            return folder
+    known = dict.fromkeys((own[0], *sorted(cache_dir.glob(f"*/{name}"))))
+    ours = (folder for folder in known if is_store(folder) and _is_of(folder, source))
+    new = (folder for folder in own if not is_store(folder))
+    return next(chain(ours, new))
+
+
+def kept_beside(folder: Path, source: DataSource, recipe: dict[str, Any]) -> tuple[Path, list[str]]:
+    """The store of this data source and backbone that is nearest to a new one in ``folder``.
+
+    Returns:
+        The store, and a line for each field of the recipe in which it differs, as
+        ``precision: fp32, now bf16``; no line where there is no such store.
+    """
+    nearest: tuple[Path, list[str]] = (folder, [])
+    for path in sorted(folder.parent.glob("*/")):
+        try:
+            known = read_manifest(path)
+        except StoreError:  # not a store, or a damaged one, which is no concern of this run
+            continue
+        is_ours = known.source.get("root") == root_text(source)
+        if is_ours and known.recipe.get("backbone") == recipe["backbone"]:
+            differences = recipe_differences(_short_weights(known.recipe), _short_weights(recipe))
+            if not nearest[1] or len(differences) < len(nearest[1]):
+                nearest = path, differences
+    return nearest
+
+
+def _short_weights(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {**recipe, "weights": str(recipe.get("weights"))[:8]}
 
 
 def root_text(source: DataSource) -> str:
@@ -47,19 +76,21 @@ def is_elsewhere(folder: Path, source: DataSource) -> bool:
     return is_store(folder) and read_manifest(folder).source.get("root") != root_text(source)
 
 
-def _was_renamed(folder: Path, source: DataSource) -> bool:
-    """Whether the store is of this data source under a name that no longer exists."""
+def _is_of(folder: Path, source: DataSource) -> bool:
+    """Whether the store is of this data, though it may be of another place or name by now."""
     try:
-        root = str(read_manifest(folder).source.get("root"))
-        return not Path(root).exists() and _holds(folder, source)
+        known = read_manifest(folder).source
+        is_named_so = source.name in (known.get("name"), folder.parent.name)
+        if is_named_so and known.get("root") == root_text(source):
+            return True
+        is_gone = not os.path.exists(str(known.get("root")))  # noqa: PTH110 - never raises
+        return (is_named_so or is_gone) and _has_content_of(folder, source)
     except StoreError:  # a damaged store of other data is no concern of this run
         return False
 
 
-def _holds(folder: Path, source: DataSource) -> bool:
-    """Whether the store in ``folder`` is of this data source, by the content of some files."""
-    if not is_elsewhere(folder, source):
-        return True
+def _has_content_of(folder: Path, source: DataSource) -> bool:
+    """Whether most of some files of the data source are what the store has under their names."""
     table = open_store(folder).table
     position = {sample_id: i for i, sample_id in enumerate(table.ids)}
     step = max(1, len(source.samples) // _COMPARED_SAMPLES)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.samples import DataSource
+from pipeline.store.relabel import SPLIT, with_labels
 from pipeline.store.table import SPLIT_NAMES, LabelColumn, SampleTable, Status
 
 _COLUMNS = ("digests", "statuses", "shards", "rows")
@@ -22,15 +23,24 @@ class Plan:
     Attributes:
         table: of the data source, with everything that is still valid carried over.
         todo: (n,) indices of samples whose files must be read.
+        n_added: samples that the store did not know.
         n_removed: samples that the store knew and the data source no longer has.
     """
 
     table: SampleTable
     todo: NDArray[np.intp]
+    n_added: int
     n_removed: int
 
 
-def make_plan(source: DataSource, known: SampleTable | None, *, verify_content: bool) -> Plan:
+def make_plan(
+    source: DataSource,
+    known: SampleTable | None,
+    *,
+    verify_content: bool = False,
+    is_elsewhere: bool = False,
+    relabelled: Collection[str] = (),
+) -> Plan:
     """Compare a data source with a store's samples table.
 
     A sample is current if its file has the size and modification time with which it was embedded.
@@ -40,6 +50,9 @@ def make_plan(source: DataSource, known: SampleTable | None, *, verify_content: 
         source: the samples as they are now.
         known: the store's table; None for a new store.
         verify_content: read every file, whatever its size and time.
+        is_elsewhere: the files are not those that the store was made from, though they may be
+            equal: every file is read, and until it was its size and time count as unknown.
+        relabelled: columns, and perhaps "split", that keep the store's values where it has any.
     """
     sizes, mtimes = _stat(source)
     ids = [sample.id for sample in source.samples]
@@ -50,10 +63,12 @@ def make_plan(source: DataSource, known: SampleTable | None, *, verify_content: 
     }
     nowhere = np.full(len(ids), -1, np.int64)
     table = SampleTable.pending(ids, nowhere, nowhere.copy(), splits, labels)
-    n_removed = 0
+    n_added, n_removed = len(ids), 0
     if known is not None:
         old = _positions(ids, known.ids)
-        n_removed = len(known) - int(np.count_nonzero(old >= 0))
+        n_added = int(np.count_nonzero(old < 0))
+        n_removed = len(known) - (len(ids) - n_added)
+        _keep_relabelled(table, known, old, relabelled)
         current = np.flatnonzero(old >= 0)
         was = old[current]
         same_file = (known.sizes[was] == sizes[current]) & (known.mtimes[was] == mtimes[current])
@@ -61,13 +76,28 @@ def make_plan(source: DataSource, known: SampleTable | None, *, verify_content: 
         failed = (known.statuses[was] == Status.FAILED) & (same_file | (known.sizes[was] < 0))
         unchanged = ((known.statuses[was] == Status.OK) & same_file) | failed
         current, was = current[unchanged], was[unchanged]
-        for column in (*_COLUMNS, "sizes", "mtimes"):
+        kept = _COLUMNS if is_elsewhere else (*_COLUMNS, "sizes", "mtimes")
+        for column in kept:
             getattr(table, column)[current] = getattr(known, column)[was]
         if known.reasons:
             pairs = zip(current.tolist(), was.tolist(), strict=True)
             table.reasons = {i: known.reasons[j] for i, j in pairs if j in known.reasons}
     todo = np.flatnonzero(table.statuses != Status.OK)
-    return Plan(table, np.arange(len(ids)) if verify_content else todo, n_removed)
+    everything = verify_content or is_elsewhere
+    return Plan(table, np.arange(len(ids)) if everything else todo, n_added, n_removed)
+
+
+def _keep_relabelled(
+    table: SampleTable, known: SampleTable, old: NDArray[np.intp], relabelled: Collection[str]
+) -> None:
+    """Set the relabelled columns of ``table`` as ``known`` has them, for the samples it knows."""
+    current = np.flatnonzero(old >= 0)
+    was = old[current]
+    if SPLIT in relabelled:
+        table.splits[current] = known.splits[was]
+    for name in [name for name in known.labels if name in relabelled]:
+        labels = known.labels[name].decode(was)
+        table.labels[name] = with_labels(table.labels.get(name), len(table), current, labels)
 
 
 def _stat(source: DataSource) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

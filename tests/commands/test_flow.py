@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -242,6 +243,8 @@ def test_an_interrupted_extraction_says_how_to_go_on(here, number):
     (path,) = (here / "cache" / "photos").iterdir()
     n_kept = len(open_store(path))
     assert 0 < n_kept < 340
+    with h5py.File(path / "features.h5") as file:  # written at the end of a run
+        assert len(file["id"]) == n_kept
     result = run_process(*words, env=os.environ)
     assert result.returncode == 0, result.stderr
     assert f"{n_kept} found in the store, {340 - n_kept} embedded" in result.stderr

@@ -1,14 +1,17 @@
 """Only what is new or changed is embedded, and every row belongs to its sample."""
 
+import gc
 import os
 import shutil
 from dataclasses import replace
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from pipeline.backbones import load_backbone
 from pipeline.data import open_source
 from pipeline.errors import DataError, EmptySourceError, StoreError, UsageError
 from pipeline.extract.extractor import Settings, extract
@@ -471,3 +474,103 @@ def test_a_rerun_with_a_bad_image_writes_nothing(embed, photos):
     after = contents()
     assert {p.name for p in before} == {p.name for p in after}
     assert {p for p in after if p.suffix in (".h5", ".json") and after[p] != before[p]} == set()
+
+
+def notes_of(embed, *arguments, **keywords):
+    notes = []
+    return embed(*arguments, on_note=notes.append, **keywords), notes
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"precision": "bf16"}, "precision: fp32, now bf16"),
+        ({"storage": "float32"}, "storage: float16, now float32"),
+        ({"layers": ("layer2",)}, 'layers: ["penultimate"], now ["layer2"]'),
+    ],
+    ids=str,
+)
+def test_a_new_store_beside_another_says_what_differs(embed, photos, resnet, change, text):
+    settings = Settings(batch_size=4, precision="fp32")
+    base, notes = notes_of(embed, photos, resnet, settings)
+    assert notes == []
+
+    other, notes = notes_of(embed, photos, resnet, replace(settings, **change))
+
+    assert notes == [f"{base.store} is kept: it differs in {text}. Extracting beside it."]
+    assert other.store.parent == base.store.parent
+    assert notes_of(embed, photos, resnet, replace(settings, **change))[1] == []
+
+
+def test_other_weights_are_told_by_their_first_digits(embed, photos, resnet):
+    other = load_backbone("resnet18", weights="random", image_size=32, seed=1)
+    base = embed(photos, resnet)
+
+    _, (note,) = notes_of(embed, photos, other)
+
+    old, new = resnet.weights_digest[:8], other.weights_digest[:8]
+    assert note == (
+        f"{base.store} is kept: it differs in weights: {old}, now {new}. Extracting beside it."
+    )
+
+
+def test_the_nearest_store_is_the_one_compared_with(embed, photos, resnet):
+    settings = Settings(batch_size=4, precision="fp32")
+    embed(photos, resnet, replace(settings, storage="float32", layers=("layer1",)))
+    near = embed(photos, resnet, replace(settings, storage="float32")).store
+
+    _, notes = notes_of(embed, photos, resnet, settings)
+
+    assert notes == [
+        f"{near} is kept: it differs in storage: float32, now float16. Extracting beside it."
+    ]
+
+
+def test_other_backbones_other_folders_and_damaged_stores_are_not_compared_with(
+    embed, photos, pixels, resnet, tmp_path
+):
+    embed(photos, pixels)
+    broken = embed(photos, resnet, Settings(storage="float32")).store
+    (broken / "store.json").write_text("{")
+    assert notes_of(embed, photos, resnet)[1] == []
+    shutil.rmtree(tmp_path / "cache")
+    embed(photos, resnet)
+    write_image(tmp_path / "other" / "photos" / "1.png", seed=9)
+    report, notes = notes_of(
+        embed, tmp_path / "other" / "photos", resnet, Settings(storage="float32")
+    )
+    assert notes == []
+    assert report.n_embedded == 1
+
+
+def test_copies_of_an_image_keep_no_pixels(embed, photos, pixels):
+    """What is kept until a batch is full does not grow with the number of copies in it."""
+    for i in range(40):
+        shutil.copy(photos / "cat" / "00.png", photos / "cat" / f"00-copy{i:02d}.png")
+    batch_size, n_alive = 4, []
+
+    def count(_):
+        n_alive.append(
+            sum(
+                type(thing) is torch.Tensor and thing.shape == (3, 8, 8)
+                for thing in gc.get_objects()
+            )
+        )
+
+    settings = Settings(batch_size=batch_size, n_threads=1)
+    report = embed(photos, settings=settings, on_progress=count)
+
+    assert (report.n_embedded, report.n_linked) == (12, 40)
+    lookahead = 2 * batch_size
+    assert max(n_alive) <= batch_size + lookahead + 1
+
+
+def test_an_interrupted_run_leaves_a_finished_store(embed, photos):
+    """The batch in hand is committed, the log is folded and ``features.h5`` shows it."""
+    report = embed(photos, should_stop=lambda: True)
+    store = open_store(report.store)
+    assert report.interrupted
+    assert store.manifest.folded == store.manifest.shards[-1].number
+    with h5py.File(report.store / "features.h5") as file:
+        assert file["id"].asstr()[:].tolist() == store.ids() == list(features_by_id(report))
+        assert len(store) == 4
