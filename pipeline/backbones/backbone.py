@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
@@ -35,6 +36,7 @@ class Backbone:
         stages: module paths of the stages, in the order in which they run.
         n_parameters: of the whole network with its classifier.
         trace: what one forward pass goes through.
+        file: the weights file that was read; None where there is none.
         origin: the arguments of `load_backbone` that load this backbone again.
     """
 
@@ -46,6 +48,7 @@ class Backbone:
     stages: tuple[str, ...]
     n_parameters: int
     trace: Trace
+    file: Path | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -70,7 +73,13 @@ class Backbone:
 
 
 def make_backbone(
-    name: str, module: nn.Module, preprocess: Preprocess, weights: str, *, resized: bool = False
+    name: str,
+    module: nn.Module,
+    preprocess: Preprocess,
+    weights: str,
+    *,
+    file: Path | None = None,
+    resized: bool = False,
 ) -> Backbone:
     """Freeze a network with its weights in place and find its layers.
 
@@ -79,6 +88,7 @@ def make_backbone(
         module: the network.
         preprocess: of its input.
         weights: where the numbers come from.
+        file: the weights file that was read.
         resized: the input size is the user's, not the one of the weights.
 
     Raises:
@@ -103,6 +113,7 @@ def make_backbone(
         stages=find_stages(module, traced),
         n_parameters=sum(parameter.numel() for parameter in module.parameters()),
         trace=traced,
+        file=file,
     )
 
 

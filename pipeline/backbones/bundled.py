@@ -32,12 +32,14 @@ def load_bundled(spec: Spec, *, weights: str, image_size: int | None, seed: int)
     with seeded(seed if weights == RANDOM else 0):
         network = build_timm(TIMM_NAME)
     source = str(file) if file else f"random:seed={seed}" if weights == RANDOM else PACKAGE
-    if weights != RANDOM:
-        path = file or bundled_file()
+    path = None if weights == RANDOM else file or bundled_file()
+    if path is not None:
         state = timm_keys(read_state_dict(path), network)
         load_weights(network, state, classifiers=["classifier"], name=name, path=path)
     preprocess = timm_preprocess(name, timm_config(TIMM_NAME), image_size)
-    return make_backbone(name, network, preprocess, source, resized=image_size is not None)
+    return make_backbone(
+        name, network, preprocess, source, file=path, resized=image_size is not None
+    )
 
 
 def bundled_file() -> Path:

@@ -43,10 +43,13 @@ def load_timm(spec: Spec, *, weights: str, image_size: int | None, seed: int) ->
             network = build_timm(full, image_size)
         source = f"random:seed={seed}"
     else:
-        network = _build_published(name, full, bool(tags), image_size)
+        file = _fetch_published(name, full, bool(tags))
+        network = _build_published(name, full, file, image_size)
         source = tag
     try:
-        return make_backbone(name, network, preprocess, source, resized=image_size is not None)
+        return make_backbone(
+            name, network, preprocess, source, file=file, resized=image_size is not None
+        )
     except (NotImplementedError, TypeError) as error:
         raise UsageError(
             f"{name} cannot be a backbone: it has no pooled features ({error})"
@@ -133,7 +136,7 @@ def build_timm(
     return network
 
 
-def _build_published(name: str, full: str, has_weights: bool, image_size: int | None) -> nn.Module:
+def _fetch_published(name: str, full: str, has_weights: bool) -> Path:
     config = timm_config(full)
     if not has_weights:
         raise WeightsError(
@@ -143,9 +146,11 @@ def _build_published(name: str, full: str, has_weights: bool, image_size: int | 
     what = f"{name} ({config.get('tag', '')})"
     if config.get("hf_hub_id"):
         own_file = config.get("hf_hub_filename")
-        file = fetch_hub(config["hf_hub_id"], what, [own_file] if own_file else HUB_FILES)
-    else:
-        file = fetch_url(config["url"], what)
+        return fetch_hub(config["hf_hub_id"], what, [own_file] if own_file else HUB_FILES)
+    return fetch_url(config["url"], what)
+
+
+def _build_published(name: str, full: str, file: Path, image_size: int | None) -> nn.Module:
     state = read_state_dict(file)
     try:
         with seeded(0):

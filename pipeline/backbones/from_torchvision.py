@@ -50,7 +50,9 @@ def load_torchvision(spec: Spec, *, weights: str, image_size: int | None, seed: 
         state = _modern_names(read_state_dict(file))
         classifiers = [find_classifier(network)]
         load_weights(network, state, classifiers=classifiers, name=spec.name, path=file)
-    return make_backbone(spec.name, network, preprocess, source, resized=image_size is not None)
+    return make_backbone(
+        spec.name, network, preprocess, source, file=file, resized=image_size is not None
+    )
 
 
 def build_torchvision(architecture: str, preprocess: Preprocess) -> nn.Module:

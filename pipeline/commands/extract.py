@@ -156,11 +156,11 @@ def command(
     for note in source.notes:
         console.note(f"Note: {note}")
 
-    from pipeline.backbones import load_backbone
     from pipeline.extract.extractor import Settings, extract
     from pipeline.extract.interrupt import graceful_interrupt
+    from pipeline.extract.recall import Request
 
-    network = load_backbone(backbone, weights=weights, image_size=image_size, seed=seed)
+    request = Request(backbone, weights, image_size, seed)
     settings = Settings(
         layers=tuple(name.strip() for name in layers.split(",") if name.strip()),
         pooling=pooling,
@@ -176,7 +176,7 @@ def command(
     ):
         report = extract(
             source,
-            network,
+            request,
             settings,
             cache_dir=cache_dir,
             verify_content=verify == "content",

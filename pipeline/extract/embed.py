@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from pipeline.backbones import load_backbone
 from pipeline.errors import MismatchError, WeightsError
-from pipeline.extract.extractor import Embedder, Settings
+from pipeline.extract.embedder import Embedder
+from pipeline.extract.extractor import Settings
 from pipeline.extract.precision import resolve_device
 
 MAX_BATCH_SIZE = 32

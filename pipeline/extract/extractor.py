@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
-import timm
-import torch
-import torchvision
 from numpy.typing import NDArray
 
-import pipeline
-from pipeline.backbones.backbone import Backbone, FeatureNet
 from pipeline.data.names import to_id
 from pipeline.data.samples import DataSource, Sample
 from pipeline.errors import DataError, EmptySourceError
-from pipeline.extract.fold import fold_batchnorm
-from pipeline.extract.forward import FrozenForward
-from pipeline.extract.loader import Loaded, load, load_in_order
 from pipeline.extract.place import check_writable, kept_beside, root_text, store_folder
 from pipeline.extract.plan import Plan, make_plan
-from pipeline.extract.precision import resolve_device, resolve_precision
-from pipeline.extract.recipe import build_recipe
-from pipeline.store.manifest import LayerInfo, is_store
+from pipeline.extract.recall import Request, recall
+from pipeline.store.manifest import is_store
 from pipeline.store.relabel import SPLIT, split_origin
 from pipeline.store.table import LogEntry, Status
 from pipeline.store.writer import StoreWriter
 
-CPU_BATCH_SIZE = 32
-GPU_BATCH_SIZE = 256
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.backbones.backbone import Backbone
+    from pipeline.extract.embedder import Embedder
+    from pipeline.extract.loader import Loaded
 
 # Known images fill no batch: past this many samples of any kind, what there is gets written.
 GATHERED_SAMPLES = 1024
@@ -102,83 +93,9 @@ class ExtractReport:
     interrupted: bool = False
 
 
-class Embedder:
-    """A backbone ready to embed files with given settings.
-
-    Attributes:
-        net: the chosen layers.
-        recipe: everything that decides the features' values.
-    """
-
-    def __init__(self, backbone: Backbone, settings: Settings) -> None:
-        self.backbone = backbone
-        self.device = resolve_device(settings.device)
-        on_cpu = self.device.type == "cpu"
-        self.batch_size = settings.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE)
-        self.n_threads = settings.n_threads or os.cpu_count() or 1
-        size = (backbone.preprocess.height, backbone.preprocess.width)
-        self.net: FeatureNet = fold_batchnorm(
-            backbone.feature_net(settings.layers, settings.pooling),
-            torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)),
-        )
-        precision = resolve_precision(
-            settings.precision, self.device, self.net, backbone.preprocess, backbone.stages
-        )
-        self.recipe = build_recipe(
-            backbone, self.net, precision=precision, storage=settings.storage
-        )
-        self._forward: FrozenForward | None = None
-
-    @property
-    def layers(self) -> dict[str, LayerInfo]:
-        """Shape and dtype of what is stored, by layer."""
-        storage = str(self.recipe["storage"])
-        return {name: LayerInfo(self.net.shapes[name], storage) for name in self.net.layers}
-
-    def load(self, files: Iterator[str], is_known: Callable[[bytes], bool]) -> Iterator[Loaded]:
-        """Read and decode files in threads, in order."""
-        load_one = partial(load, preprocess=self.backbone.preprocess, is_known=is_known)
-        return load_in_order(files, load_one, self.n_threads, 2 * self.batch_size)
-
-    def forward(
-        self, images: list[torch.Tensor]
-    ) -> tuple[dict[str, NDArray[np.floating]], dict[int, str]]:
-        """See :class:`~pipeline.extract.forward.FrozenForward`."""
-        if self._forward is None:
-            self._forward = FrozenForward(
-                self.net,
-                self.backbone.preprocess,
-                device=self.device,
-                precision=str(self.recipe["precision"]),
-                storage=str(self.recipe["storage"]),
-                batch_size=self.batch_size,
-            )
-        return self._forward(images)
-
-    def provenance(self) -> dict[str, Any]:
-        """What is worth knowing about a run and never part of the recipe."""
-        cuda = self.device.type == "cuda"
-        return {
-            "backbone": dict(self.backbone.origin),
-            "device": torch.cuda.get_device_name(self.device) if cuda else str(self.device),
-            "batch_size": self.batch_size,
-            "n_threads": self.n_threads,
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            "versions": {
-                "tlpipe": pipeline.__version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-                "timm": timm.__version__,
-                "numpy": np.__version__,
-                "h5py": h5py.__version__,
-            },
-        }
-
-
 def extract(
     source: DataSource,
-    backbone: Backbone,
+    backbone: Backbone | Request,
     settings: Settings | None = None,
     *,
     cache_dir: Path = Path("cache"),
@@ -192,7 +109,8 @@ def extract(
 
     Args:
         source: what to embed.
-        backbone: the frozen network.
+        backbone: the frozen network; or how to load it, which is then done only if there is
+            something to embed.
         settings: layers, pooling, precision and the like.
         cache_dir: where stores are kept.
         verify_content: read every file instead of trusting size and modification time.
@@ -211,23 +129,29 @@ def extract(
     check_writable(cache_dir)
     if not source.samples:
         raise EmptySourceError(f"{source.spec} has no image.")
-    embedder = Embedder(backbone, settings or Settings())
-    folder = store_folder(cache_dir, source, embedder.recipe)
+    settings = settings or Settings()
+    request = backbone.digest(settings) if isinstance(backbone, Request) else ""
+    known = recall(cache_dir, source, request) if request and not verify_content else None
+    embedder = None
+    if known is None:
+        embedder = _load_embedder(backbone, settings, request)
+        recipe, layers = embedder.recipe, embedder.layers
+    else:
+        recipe, layers = known.recipe, known.layers
+    folder = store_folder(cache_dir, source, recipe)
     if not is_store(folder):
-        _tell_what_is_kept(folder, source, embedder, on_note)
+        _tell_what_is_kept(folder, source, recipe, on_note)
     report = ExtractReport(folder, n_samples=len(source.samples))
-    with StoreWriter(
-        folder,
-        embedder.recipe,
-        embedder.layers,
-        _described(source),
-        provenance=embedder.provenance(),
-    ) as writer:
+    told = None if embedder is None else embedder.provenance()
+    with StoreWriter(folder, recipe, layers, _described(source), provenance=told) as writer:
         plan = _begin(writer, source, report, verify_content=verify_content, on_note=on_note)
         if on_plan is not None:
             on_plan(len(source.samples), len(plan.todo))
         samples = [source.samples[i] for i in plan.todo]
         if samples:
+            if embedder is None:
+                embedder = _load_embedder(backbone, settings, request)
+                writer.make_with(embedder.recipe, embedder.provenance())
             _embed(samples, embedder, writer, report, on_progress, should_stop)
         writer.finish()
         table = writer.table
@@ -239,16 +163,27 @@ def extract(
     if len(report.failures) == report.n_samples:
         raise DataError(
             f"None of the {report.n_samples} images of {source.spec} can be used.\n"
-            + "\n".join(f"  {i}: {why}" for i, why in list(report.failures.items())[:5])
+            + "\n".join(f"  {i!r}: {why}" for i, why in list(report.failures.items())[:5])
         )
     return report
 
 
+def _load_embedder(backbone: Backbone | Request, settings: Settings, request: str) -> Embedder:
+    """Import torch, load the network where it is not there yet, and make it ready."""
+    from pipeline.extract.embedder import Embedder
+
+    if isinstance(backbone, Request):
+        from pipeline.backbones import load_backbone
+
+        backbone = load_backbone(**vars(backbone))
+    return Embedder(backbone, settings, request)
+
+
 def _tell_what_is_kept(
-    folder: Path, source: DataSource, embedder: Embedder, on_note: Callable[[str], None]
+    folder: Path, source: DataSource, recipe: dict[str, Any], on_note: Callable[[str], None]
 ) -> None:
     """Say how the store that is about to be made differs from the one that is there already."""
-    kept, differences = kept_beside(folder, source, embedder.recipe)
+    kept, differences = kept_beside(folder, source, recipe)
     if differences:
         on_note(f"{kept} is kept: it differs in {'; '.join(differences)}. Extracting beside it.")
 

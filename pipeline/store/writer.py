@@ -131,19 +131,13 @@ class StoreWriter:
         self._last_commit = time.monotonic()
         if is_store(self.folder):
             found = read_manifest(self.folder)
-            if found.key != self._new.key:
-                raise MismatchError(
-                    f"{self.folder} holds features of another recipe than this run's:\n"
-                    + "".join(
-                        f"  {line}\n" for line in recipe_differences(found.recipe, self._new.recipe)
-                    )
-                    + "  Nothing was overwritten."
-                )
+            self.manifest = found
+            self._check_recipe(self._new.recipe)
             for shard in found.shards:
                 check_size(shard_path(self.folder, shard), shard)
             self.table = load_table(self.folder, found)
             told = self._new.provenance or found.provenance
-            self.manifest = replace(found, provenance=told)
+            self._on_disk, self.manifest = found, replace(found, provenance=told)
         elif any((self.folder / SHARD_FOLDER).glob("*.h5")):
             raise CorruptStoreError(
                 f"{self.folder} holds shards but no store.json, which is written before any shard."
@@ -151,6 +145,24 @@ class StoreWriter:
             )
         self._index = self._index_table()
         sweep(self.folder, self.manifest if is_store(self.folder) else None)
+
+    def make_with(self, recipe: dict[str, Any], provenance: dict[str, Any]) -> None:
+        """Say what the rows to come are made with, where that was not known before.
+
+        Raises:
+            MismatchError: it is not the store's recipe.
+        """
+        self._check_recipe(recipe)
+        self.manifest = replace(self.manifest, provenance=provenance)
+
+    def _check_recipe(self, recipe: dict[str, Any]) -> None:
+        if recipe_key(recipe) != self.manifest.key:
+            lines = recipe_differences(self.manifest.recipe, recipe)
+            raise MismatchError(
+                f"{self.folder} holds features of another recipe than this run's:\n"
+                + "".join(f"  {line}\n" for line in lines)
+                + "  Nothing was overwritten."
+            )
 
     def _index_table(self) -> dict[str, int]:
         ids = [] if self.table is None else self.table.ids
@@ -179,7 +191,7 @@ class StoreWriter:
         )
         if self.table is None or not table.equals(self.table) or self._unfolded():
             self._write_table(table)
-        elif (found.source, found.relabelled) != (self.manifest.source, self.manifest.relabelled):
+        elif self.manifest != self._on_disk:
             self.manifest.write(self.folder)
 
     def find(self, digest: bytes) -> Place | None:

@@ -12,7 +12,8 @@ from torch import nn
 
 from pipeline.backbones import load_backbone
 from pipeline.data import open_source
-from pipeline.extract.extractor import Embedder, Settings, extract
+from pipeline.extract.embedder import Embedder
+from pipeline.extract.extractor import Settings, extract
 from pipeline.extract.fold import fold_batchnorm
 from pipeline.extract.half import MIN_COSINE, at_precision, choose_bf16
 from pipeline.extract.precision import resolve_device
