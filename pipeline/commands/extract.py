@@ -219,7 +219,9 @@ def _print(console: Console, report: ExtractReport) -> None:
         console.note(
             f"{report.n_linked:,} of those found are copies: their bytes are embedded already."
         )
-    if not report.n_decoded:
+    if report.n_decoded:
+        _print_timings(console, report)
+    else:
         console.note("Nothing was decoded.")
     if report.n_removed:
         console.note(f"{report.n_removed:,} samples left the data source and the store's list.")
@@ -245,11 +247,26 @@ def _print(console: Console, report: ExtractReport) -> None:
         "failures": report.failures,
         "notes": report.notes,
         "seconds": round(report.seconds, 3),
+        "timings": report.timings.to_dict(),
+        "bottleneck": report.timings.bottleneck(),
         "size_bytes": size_bytes,
         "interrupted": report.interrupted,
     }
     console.document(document)
     console.note(f"Store: {format_bytes(size_bytes)}")
+
+
+def _print_timings(console: Console, report: ExtractReport) -> None:
+    """Say where the time went."""
+    timings = report.timings
+    stages = ("loading", "waiting", "network", "writing")
+    parts = [f"{stage} {format_seconds(getattr(timings, stage))}" for stage in stages]
+    console.note(
+        f"Time: {', '.join(parts)}; beside it, in {timings.n_threads} thread(s), reading "
+        f"{format_seconds(timings.reading)} and decoding {format_seconds(timings.decoding)}."
+    )
+    if timings.bottleneck():
+        console.note(timings.bottleneck())
 
 
 def _command_line() -> str:

@@ -18,6 +18,7 @@ from pipeline.errors import DataError, EmptySourceError
 from pipeline.extract.place import check_writable, kept_beside, root_text, store_folder
 from pipeline.extract.plan import Plan, make_plan
 from pipeline.extract.recall import Request, recall
+from pipeline.extract.timings import Timings
 from pipeline.store.manifest import is_store
 from pipeline.store.relabel import SPLIT, split_origin
 from pipeline.store.table import LogEntry, Status
@@ -75,6 +76,7 @@ class ExtractReport:
         notes: how many images were converted, by what was done to them.
         n_labels: different labels of each label column of the store.
         seconds: of the whole run.
+        timings: where they went.
         interrupted: whether it was asked to stop before the end.
     """
 
@@ -90,6 +92,7 @@ class ExtractReport:
     notes: dict[str, int] = field(default_factory=dict)
     n_labels: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    timings: Timings = field(default_factory=Timings)
     interrupted: bool = False
 
 
@@ -132,28 +135,32 @@ def extract(
     settings = settings or Settings()
     request = backbone.digest(settings) if isinstance(backbone, Request) else ""
     known = recall(cache_dir, source, request) if request and not verify_content else None
-    embedder = None
+    embedder, timings = None, Timings()
     if known is None:
-        embedder = _load_embedder(backbone, settings, request)
+        with timings.spent("loading"):
+            embedder = _load_embedder(backbone, settings, request)
         recipe, layers = embedder.recipe, embedder.layers
     else:
         recipe, layers = known.recipe, known.layers
     folder = store_folder(cache_dir, source, recipe)
     if not is_store(folder):
         _tell_what_is_kept(folder, source, recipe, on_note)
-    report = ExtractReport(folder, n_samples=len(source.samples))
+    report = ExtractReport(folder, n_samples=len(source.samples), timings=timings)
     told = None if embedder is None else embedder.provenance()
     with StoreWriter(folder, recipe, layers, _described(source), provenance=told) as writer:
-        plan = _begin(writer, source, report, verify_content=verify_content, on_note=on_note)
+        with timings.spent("planning"):
+            plan = _begin(writer, source, report, verify_content=verify_content, on_note=on_note)
         if on_plan is not None:
             on_plan(len(source.samples), len(plan.todo))
         samples = [source.samples[i] for i in plan.todo]
         if samples:
             if embedder is None:
-                embedder = _load_embedder(backbone, settings, request)
+                with timings.spent("loading"):
+                    embedder = _load_embedder(backbone, settings, request)
                 writer.make_with(embedder.recipe, embedder.provenance())
             _embed(samples, embedder, writer, report, on_progress, should_stop)
-        writer.finish()
+        with timings.spent("writing"):
+            writer.finish()
         table = writer.table
         assert table is not None
         failed = np.flatnonzero(table.statuses == Status.FAILED)
@@ -256,9 +263,14 @@ def _embed(
     loaded = embedder.load(
         (sample.file for sample in samples), lambda digest: writer.find(digest) is not None
     )
+    timings = report.timings
+    timings.n_threads = embedder.n_threads
     gathered: list[tuple[Sample, Loaded]] = []
     images: dict[bytes, torch.Tensor] = {}
-    for k, (sample, one) in enumerate(zip(samples, loaded, strict=True), start=1):
+    pairs = zip(samples, timings.waiting_for(loaded), strict=True)
+    for k, (sample, one) in enumerate(pairs, start=1):
+        timings.reading += one.reading_seconds
+        timings.decoding += one.decoding_seconds
         report.n_decoded += one.pixels is not None
         for note in one.notes:
             report.notes[note] = report.notes.get(note, 0) + 1
@@ -288,8 +300,22 @@ def _write(
     features: dict[str, NDArray[np.floating]] = {}
     refused: dict[int, str] = {}
     if images:
-        features, refused = embedder.forward(list(images.values()))
-    position = {digest: i for i, digest in enumerate(images)}
+        with report.timings.spent("network"):
+            features, refused = embedder.forward(list(images.values()))
+    with report.timings.spent("writing"):
+        _record(gathered, list(images), features, refused, writer, report)
+
+
+def _record(
+    gathered: list[tuple[Sample, Loaded]],
+    digests: list[bytes],
+    features: dict[str, NDArray[np.floating]],
+    refused: dict[int, str],
+    writer: StoreWriter,
+    report: ExtractReport,
+) -> None:
+    """Write what became of each sample; features are of the images with these digests."""
+    position = {digest: i for i, digest in enumerate(digests)}
     for sample, one in gathered:
         i = position.get(one.digest)
         failure = one.failure or (refused.get(i, "") if i is not None else "")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from stat import S_ISREG
 
 import torch
@@ -33,6 +34,8 @@ class Loaded:
         pixels: (3, height, width) uint8 as the network wants it; None if known or failed.
         failure: why it cannot be used; "" if it can.
         notes: what was done to make it usable, such as "CMYK converted to RGB".
+        reading_seconds: of reading and hashing it.
+        decoding_seconds: of decoding and preprocessing it.
     """
 
     digest: bytes = NO_DIGEST
@@ -41,10 +44,13 @@ class Loaded:
     pixels: torch.Tensor | None = None
     failure: str = ""
     notes: tuple[str, ...] = ()
+    reading_seconds: float = 0.0
+    decoding_seconds: float = 0.0
 
 
 def load(file: str, preprocess: Preprocess, is_known: Callable[[bytes], bool]) -> Loaded:
     """Read, hash and, unless the bytes are known, decode and preprocess one image file."""
+    started = time.perf_counter()
     try:
         # Opening a pipe would wait for its other end, for ever.
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
@@ -60,19 +66,21 @@ def load(file: str, preprocess: Preprocess, is_known: Callable[[bytes], bool]) -
         return Loaded(failure=f"cannot be read ({error.strerror})")
     except MemoryError:
         return Loaded(failure=_TOO_LARGE)
-    digest = hashlib.sha256(data).digest()
-    facts = (digest, len(data), stat.st_mtime_ns)
     if len(data) != stat.st_size:
         return Loaded(failure=f"changed while being read ({stat.st_size} → {len(data)} bytes)")
+    digest = hashlib.sha256(data).digest()
+    read = time.perf_counter()
+    one = Loaded(digest, len(data), stat.st_mtime_ns, reading_seconds=read - started)
     if is_known(digest):
-        return Loaded(*facts)
+        return one
     try:
         image = decode_image(data)
-        return Loaded(*facts, pixels=preprocess(image.pixels), notes=image.notes)
+        one = replace(one, pixels=preprocess(image.pixels), notes=image.notes)
     except ImageError as error:
-        return Loaded(*facts, failure=str(error))
+        one = replace(one, failure=str(error))
     except MemoryError:
-        return Loaded(*facts, failure=_TOO_LARGE)
+        one = replace(one, failure=_TOO_LARGE)
+    return replace(one, decoding_seconds=time.perf_counter() - read)
 
 
 def load_in_order(
