@@ -10,12 +10,11 @@ from pathlib import Path
 
 from pipeline.store.durable import TEMPORARY_SUFFIX, sync_folder, write_durably, write_error
 from pipeline.store.key import open_regular
-from pipeline.store.lock import HOLDER_FILE, LOCK_FILE
+from pipeline.store.lock import HOLDER_FILE, LOCK_FILE, SHARD_FOLDER
+from pipeline.store.lock import QUARANTINE_FOLDER as QUARANTINE_FOLDER
 from pipeline.store.manifest import BACKUP_FILE, MANIFEST_FILE, Manifest
-from pipeline.store.state import SHARD_FOLDER
 from pipeline.store.view import VIEW_FILE
 
-QUARANTINE_FOLDER = "quarantine"
 DELETING_SUFFIX = ".deleting"
 
 _TEMPORARY = re.escape(TEMPORARY_SUFFIX)
@@ -151,5 +150,6 @@ def _is_folder(path: Path) -> bool:
 
 
 def _files(folder: Path) -> Iterator[Path]:
+    """Everything but folders: also links, wherever they lead, and pipes."""
     with suppress(FileNotFoundError, NotADirectoryError):
-        yield from (path for path in folder.iterdir() if path.is_file())
+        yield from (path for path in folder.iterdir() if path.is_symlink() or not path.is_dir())

@@ -14,9 +14,12 @@ import filelock
 
 from pipeline.errors import LockedError, StoreError
 from pipeline.store.durable import write_error
+from pipeline.store.key import open_regular
 
 LOCK_FILE = "store.lock"
 HOLDER_FILE = "writer.json"
+SHARD_FOLDER = "shards"
+QUARANTINE_FOLDER = "quarantine"
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
@@ -40,6 +43,7 @@ class WriterLock:
             LockedError: another process has it; the message names the process.
             StoreError: the folder cannot be written to, or its file system has no locks.
         """
+        self._refuse_links()
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -60,7 +64,19 @@ class WriterLock:
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         with contextlib.suppress(OSError):  # only says who; the lock itself is held
-            (self._folder / HOLDER_FILE).write_text(json.dumps(holder), encoding="utf-8")
+            path = self._folder / HOLDER_FILE
+            path.unlink(missing_ok=True)  # a link that somebody left there would lead elsewhere
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w") as file:
+                file.write(json.dumps(holder))
+
+    def _refuse_links(self) -> None:
+        """A store may come from a stranger, and what it links to may be ours."""
+        for name in (SHARD_FOLDER, QUARANTINE_FOLDER):
+            if (self._folder / name).is_symlink():
+                raise StoreError(
+                    f"{self._folder / name} is a link to another folder: nothing is written there."
+                    "\n  Put the folder itself in its place. Reading is possible as it is."
+                )
 
     def release(self) -> None:
         """Give the lock back."""
@@ -70,7 +86,8 @@ class WriterLock:
 
     def _holder(self) -> str:
         try:
-            holder = json.loads((self._folder / HOLDER_FILE).read_text(encoding="utf-8"))
+            with open_regular(self._folder / HOLDER_FILE) as file:
+                holder = json.load(file)
             return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "another process"

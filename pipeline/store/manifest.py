@@ -12,13 +12,14 @@ import math
 import os
 import re
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.errors import CorruptStoreError, StoreError, StoreFormatError
+from pipeline.errors import CorruptStoreError, ResourceError, StoreError, StoreFormatError
 from pipeline.store.durable import write_durably
 from pipeline.store.hdf5 import FORMAT_VERSION, check_version
 from pipeline.store.key import canonical_json, open_regular, recipe_key
@@ -34,6 +35,10 @@ _FEATURE_DTYPES = ("float16", "float32")
 
 MAX_MANIFEST_BYTES = 100_000_000
 MAX_AXES = 8
+# Far below what an int32 holds: a store that is read can go on being written.
+MAX_NUMBER = 2**30
+# An HDF5 superblock.
+_MIN_FILE_BYTES = 48
 # Offset, digest, size, time, split, status, shard and row.
 _MIN_SAMPLE_BYTES = 66
 
@@ -146,10 +151,22 @@ class Manifest:
         return document
 
     def write(self, folder: Path) -> None:
-        """Commit: replace ``store.json`` by this."""
+        """Commit: replace ``store.json`` by this, and then its copy.
+
+        Raises:
+            ResourceError: the disk is full or fails; nothing is committed.
+            StoreError: the folder cannot be written to; nothing is committed.
+        """
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
         write_durably(folder / MANIFEST_FILE, text.encode())
-        write_durably(folder / BACKUP_FILE, text.encode())
+        # The commit has happened. A copy that stays behind is renewed by the next one.
+        with suppress(ResourceError, StoreError):
+            write_durably(folder / BACKUP_FILE, text.encode())
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Grows with every commit that adds a shard or replaces the samples table."""
+        return self.next_shard, 0 if self.samples is None else self.samples.number
 
 
 def repair_command(folder: Path) -> str:
@@ -239,7 +256,21 @@ def _parse(document: dict[str, Any]) -> Manifest:
         next_shard=_natural(document["next_shard"]),
     )
     _check_counts(manifest, last)
+    _check_recipe(recipe)
     return manifest
+
+
+def _check_recipe(recipe: dict[str, Any]) -> None:
+    """What is said of the recipe is shown and compared: it has to be of the right kind."""
+    kinds: dict[str, type] = {
+        "backbone": str, "weights": str, "pooling": str, "precision": str, "storage": str,
+        "layers": list, "preprocess": dict, "decoding": dict,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        if name in recipe and not isinstance(recipe[name], kind):
+            raise ValueError(f"recipe field {name!r}")
+    if not all(isinstance(name, str) for name in recipe.get("layers", [])):
+        raise ValueError("recipe field 'layers'")
 
 
 def _check_counts(manifest: Manifest, last: int) -> None:
@@ -248,7 +279,7 @@ def _check_counts(manifest: Manifest, last: int) -> None:
         raise ValueError("a shard is listed twice")
     if not manifest.layers or not manifest.n_views:
         raise ValueError("there is no layer or no view")
-    if manifest.next_shard <= last or manifest.folded >= manifest.next_shard:
+    if not last < manifest.next_shard <= MAX_NUMBER + 1 or manifest.folded >= manifest.next_shard:
         raise ValueError("next_shard or folded does not fit the shards")
     for shard in manifest.shards:
         if shard.n * (manifest.row_bytes() + 32) > shard.size_bytes:
@@ -285,8 +316,10 @@ def _file_info(value: dict[str, Any], name: re.Pattern[str]) -> FileInfo:
     # A name with a folder in it could point outside the store.
     if not name.fullmatch(info.file) or not _SHA256.fullmatch(info.sha256):
         raise ValueError(f"file {info.file!r}")
-    if not 0 < info.number < 2**31:
+    if not 0 < info.number <= MAX_NUMBER:
         raise ValueError(f"file number {info.number}")
+    if info.size_bytes < _MIN_FILE_BYTES:
+        raise ValueError(f"size of {info.file}: {info.size_bytes} bytes")
     return info
 
 

@@ -36,9 +36,9 @@ def write_table(target: h5py.Group, table: SampleTable) -> None:
     target["size"] = table.sizes
     target["mtime_ns"] = table.mtimes
     target["split"] = table.splits
-    target["split"].attrs["names"] = list(SPLIT_NAMES)
+    target["split"].attrs["names"] = np.array(SPLIT_NAMES, "S")
     target["status"] = table.statuses
-    target["status"].attrs["names"] = [status.name.lower() for status in Status]
+    target["status"].attrs["names"] = np.array([status.name.lower() for status in Status], "S")
     target["shard"] = table.shards
     target["row"] = table.rows
     labels = target.create_group("labels", track_order=True)

@@ -90,9 +90,14 @@ def read_log(path: Path) -> list[LogEntry]:
 
 def read_digests(path: Path, shard: FileInfo) -> list[bytes]:
     """The digest of each row of a shard."""
+    return [digest.tobytes() for digest in read_digest_array(path, shard)]
+
+
+def read_digest_array(path: Path, shard: FileInfo) -> NDArray[np.uint8]:
+    """(n_rows, 32) the digest of each row of a shard."""
     with open_file(path, KIND) as file:
-        digests = dataset(file, "digest", np.uint8, (shard.n, DIGEST_BYTES))[:]
-    return [digest.tobytes() for digest in digests]
+        digests: NDArray[np.uint8] = dataset(file, "digest", np.uint8, (shard.n, DIGEST_BYTES))[:]
+    return digests
 
 
 @contextmanager

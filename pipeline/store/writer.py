@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import CorruptStoreError, MismatchError
-from pipeline.store.durable import write_durably, write_error
+from pipeline.errors import CorruptStoreError, MismatchError, StoreError
+from pipeline.store.durable import make_folder, remove, write_durably
 from pipeline.store.key import recipe_differences, recipe_key
 from pipeline.store.leftovers import sweep
 from pipeline.store.lock import WriterLock
 from pipeline.store.manifest import (
+    BACKUP_FILE,
+    MANIFEST_FILE,
     FileInfo,
     LayerInfo,
     Manifest,
@@ -25,8 +27,9 @@ from pipeline.store.manifest import (
     read_manifest,
     repair_command,
 )
+from pipeline.store.row_index import Place, RowIndex
 from pipeline.store.samples_file import samples_file_bytes
-from pipeline.store.shard import feature_shape, read_digests, shard_bytes
+from pipeline.store.shard import feature_shape, read_digest_array, shard_bytes
 from pipeline.store.state import SHARD_FOLDER, apply_log, check_size, load_table, shard_path
 from pipeline.store.table import LogEntry, SampleTable, Status
 from pipeline.store.view import VIEW_FILE, view_is_current, write_view
@@ -34,8 +37,6 @@ from pipeline.store.view import VIEW_FILE, view_is_current, write_view
 SHARD_BYTES = 64_000_000
 SHARD_ROWS = 8192
 COMMIT_SECONDS = 20.0
-
-Place = tuple[int, int]
 
 
 def full_shard_rows(manifest: Manifest, shard_rows: int = SHARD_ROWS) -> int:
@@ -106,10 +107,7 @@ class StoreWriter:
         return cls(folder, found.recipe, found.layers, found.source, n_views=found.n_views)
 
     def __enter__(self) -> StoreWriter:
-        try:
-            (self.folder / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(self.folder / SHARD_FOLDER, error) from error
+        make_folder(self.folder / SHARD_FOLDER)
         self._lock = WriterLock(self.folder)
         self._lock.acquire()
         try:
@@ -127,10 +125,11 @@ class StoreWriter:
         self.table: SampleTable | None = None
         self._digests: list[bytes] = []
         self._log: list[LogEntry] = []
-        self._row_of_digest: dict[bytes, Place] | None = None
+        self._row_index: RowIndex | None = None
         self._last_commit = time.monotonic()
         if is_store(self.folder):
             found = read_manifest(self.folder)
+            self._check_is_newest(found)
             self.manifest = found
             self._check_recipe(self._new.recipe)
             for shard in found.shards:
@@ -162,6 +161,18 @@ class StoreWriter:
                 f"{self.folder} holds features of another recipe than this run's:\n"
                 + "".join(f"  {line}\n" for line in lines)
                 + "  Nothing was overwritten."
+            )
+
+    def _check_is_newest(self, found: Manifest) -> None:
+        """Going on from an older ``store.json`` would remove what was acknowledged since."""
+        try:
+            backup = read_manifest(self.folder, BACKUP_FILE)
+        except StoreError:
+            return
+        if backup.key == found.key and backup.age > found.age:
+            raise CorruptStoreError(
+                f"{self.folder / MANIFEST_FILE} is older than its copy {BACKUP_FILE}: it was put "
+                f"back.\n  Restore it from the copy:\n  {repair_command(self.folder)}"
             )
 
     def _index_table(self) -> dict[str, int]:
@@ -196,14 +207,16 @@ class StoreWriter:
 
     def find(self, digest: bytes) -> Place | None:
         """(shard number, row) of the features of these image bytes; None where there are none."""
-        if self._row_of_digest is None:
+        return self._known_rows().find(digest)
+
+    def _known_rows(self) -> RowIndex:
+        if self._row_index is None:
             # Whoever reads a row checks its shard's sha256; a damaged digest matches no image.
-            self._row_of_digest = {
-                known: (shard.number, row)
+            self._row_index = RowIndex(
+                (shard.number, read_digest_array(shard_path(self.folder, shard), shard))
                 for shard in self.manifest.shards
-                for row, known in enumerate(read_digests(shard_path(self.folder, shard), shard))
-            }
-        return self._row_of_digest.get(digest)
+            )
+        return self._row_index
 
     def add(self, entry: LogEntry, features: Mapping[str, NDArray[np.floating]]) -> None:
         """Add a sample with its features.
@@ -228,15 +241,11 @@ class StoreWriter:
             if not np.isfinite(values).all():
                 raise ValueError(f"layer {name!r} of {entry.id!r} is not finite")
             rows[row] = values
-        self.find(entry.digest)
-        assert self._row_of_digest is not None
         place = (self._next_number, row)
-        self._row_of_digest[entry.digest] = place
+        self._known_rows().add(entry.digest, place)
         self._digests.append(entry.digest)
         self._log.append(replace(entry, status=Status.OK, shard=place[0], row=place[1]))
-        full = len(self._digests) == self._shard_rows
-        if full or time.monotonic() - self._last_commit >= self._commit_seconds:
-            self.commit()
+        self._commit_if_due()
 
     def link(self, entry: LogEntry) -> None:
         """Add a sample whose bytes are embedded already, under this or another id.
@@ -259,11 +268,17 @@ class StoreWriter:
         known = self.table is not None and i is not None and self.table.entry(i) == entry
         if not known:
             self._log.append(entry)
+        self._commit_if_due()
+
+    def _commit_if_due(self) -> None:
+        full = len(self._digests) == self._shard_rows
+        if full or time.monotonic() - self._last_commit >= self._commit_seconds:
+            self.commit()
 
     def commit(self) -> None:
         """Acknowledge everything added so far: it survives whatever comes."""
         self._last_commit = time.monotonic()
-        if not self._digests:
+        if not self._log:
             return
         features = {name: rows[: len(self._digests)] for name, rows in self._features.items()}
         data = shard_bytes(self.manifest.key, self._digests, features, self._log)
@@ -277,7 +292,8 @@ class StoreWriter:
 
     def finish(self) -> None:
         """Commit, fold all logs into the samples table, and renew the ``features.h5`` view."""
-        self.commit()
+        if self._digests:  # a log alone goes straight into the samples table
+            self.commit()
         changed = bool(self._log) or self._unfolded()
         self._apply_log()
         assert self.table is not None, "begin() comes first"
@@ -297,7 +313,7 @@ class StoreWriter:
         last = max((shard.number for shard in shards), default=0)
         next_shard = max(self.manifest.next_shard, last + 1)
         self.manifest = replace(self.manifest, shards=tuple(shards), next_shard=next_shard)
-        self._row_of_digest = None
+        self._row_index = None
         self._write_table(table)
         sweep(self.folder, self.manifest)
 
@@ -320,7 +336,7 @@ class StoreWriter:
         samples = file_info(f"samples-{number:06d}.h5", data, len(table))
         write_durably(self.folder / samples.file, data)
         # The view shows the table that is about to be replaced: better none than a stale one.
-        (self.folder / VIEW_FILE).unlink(missing_ok=True)
+        remove(self.folder / VIEW_FILE)
         manifest = replace(self.manifest, samples=samples, folded=self._next_number - 1)
         manifest.write(self.folder)
         self.manifest = manifest
@@ -328,4 +344,4 @@ class StoreWriter:
             self.table = table
             self._index = self._index_table()
         if old is not None:
-            (self.folder / old.file).unlink(missing_ok=True)
+            remove(self.folder / old.file)

@@ -56,6 +56,9 @@ def test_it_is_read_and_not_touched(golden):
     np.testing.assert_array_equal(np.asarray(store.features()), expected(store.ids()))
     assert store.labels().tolist() == [i.split("/")[0] for i in store.ids()]
     assert store.failures == {"dög/bad.png": "empty file (0 bytes)"}
+    if store.manifest.relabelled:
+        assert store.manifest.relabelled == {"sex": "sexes.csv"}
+        assert store.labels("sex").tolist() == ["f", None, "m", *[None] * 10]
     assert [store.ids(split) for split in ("train", "val", "test")] == [
         [i for k, i in enumerate(store.ids()) if k % 4 != 3], [], ["cat/003.png", "cat/007.png",
                                                                    "cat/011.png"]]  # fmt: skip

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,11 +17,13 @@ from pipeline.errors import (
     CorruptStoreError,
     LockedError,
     MismatchError,
+    ResourceError,
     StoreError,
     UnknownNameError,
     UsageError,
 )
 from pipeline.store import open_store
+from pipeline.store.durable import replacing
 from pipeline.store.manifest import LayerInfo, read_manifest
 from pipeline.store.table import LabelColumn, Status
 from pipeline.store.writer import StoreWriter
@@ -414,3 +418,126 @@ def test_recipe_and_key_are_readable(store_folder):
     manifest = read_manifest(store_folder)
     assert manifest.recipe == RECIPE
     assert open_store(store_folder).key == manifest.key
+
+
+def test_what_is_only_linked_is_acknowledged_too(store_folder, ids):
+    with make_writer(store_folder, commit_seconds=0) as writer:
+        table = table_of([*ids, "cat/copy.png"])
+        for column in ("digests", "sizes", "mtimes", "statuses", "shards", "rows"):
+            getattr(table, column)[:20] = getattr(writer.table, column)
+        writer.begin(table)
+        writer.link(entry_of("cat/copy.png", ids[0]))
+    assert open_store(store_folder).ids() == [*ids, "cat/copy.png"]
+    np.testing.assert_array_equal(open_store(store_folder).features()[20], expected(ids[:1])[0])
+    with make_writer(store_folder) as writer:
+        writer.begin(writer.table)
+        writer.finish()
+    assert open_store(store_folder).ids() == [*ids, "cat/copy.png"]
+
+
+def test_a_failed_copy_of_the_manifest_does_not_undo_the_commit(store_folder, ids):
+    backup = store_folder / "store.backup.json"
+    with make_writer(store_folder) as writer:
+        writer.begin(table_of([*ids, "cat/new.png"]))
+        backup.unlink()
+        backup.mkdir()  # it cannot be replaced by a file
+        writer.add(entry_of("cat/new.png"), features_of("cat/new.png"))
+        writer.commit()
+        writer.add(entry_of(ids[0]), features_of(ids[0]))
+        writer.commit()
+    backup.rmdir()
+    numbers = [shard.number for shard in read_manifest(store_folder).shards]
+    assert len(set(numbers)) == len(numbers) == 6
+    assert set(open_store(store_folder).ids()) == {"cat/new.png", ids[0]}
+
+
+def test_an_older_manifest_put_back_is_told_before_anything_is_removed(store_folder, ids):
+    older = (store_folder / "store.json").read_bytes()
+    with make_writer(store_folder) as writer:
+        writer.begin(table_of([*ids, "cat/new.png"]))
+        writer.add(entry_of("cat/new.png"), features_of("cat/new.png"))
+        writer.finish()
+    shards = sorted((store_folder / "shards").iterdir())
+    (store_folder / "store.json").write_bytes(older)
+    with pytest.raises(CorruptStoreError, match="older than its copy"):
+        make_writer(store_folder).__enter__()
+    assert sorted((store_folder / "shards").iterdir()) == shards
+
+
+@pytest.mark.parametrize("name", ["shards", "quarantine"])
+def test_nothing_is_written_behind_a_linked_folder(store_folder, tmp_path, name):
+    """A stranger's store whose shards are a link to mine must not sweep mine."""
+    mine = shutil.copytree(store_folder, tmp_path / "mine")
+    (mine / "quarantine").mkdir()
+    before = sorted(p for p in mine.rglob("*") if p.is_file())
+    if (store_folder / name).exists():
+        shutil.rmtree(store_folder / name)
+    (store_folder / name).symlink_to(mine / name)
+    with pytest.raises(StoreError, match="is a link to another folder"):
+        make_writer(store_folder).__enter__()
+    assert sorted(p for p in mine.rglob("*") if p.is_file()) == before
+
+
+def test_files_are_never_written_through_links(store_folder, ids, tmp_path):
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    created = tmp_path / "created"
+    (store_folder / "writer.json").symlink_to(victim)
+    for name in ("features.h5.tmp", "store.json.tmp", "samples-000002.h5.tmp"):
+        (store_folder / name).symlink_to(created)
+    with make_writer(store_folder) as writer:
+        writer.begin(table_of([*ids, "cat/new.png"]))
+        writer.add(entry_of("cat/new.png"), features_of("cat/new.png"))
+        writer.finish()
+    assert victim.read_text() == "mine"
+    assert not created.exists()
+    assert not list(store_folder.glob("*.tmp"))
+
+
+def test_pipes_in_the_place_of_files_keep_nobody_waiting(store_folder, ids):
+    for name in ("writer.json", "features.h5.tmp", "store.json.tmp"):
+        os.mkfifo(store_folder / name)
+    with make_writer(store_folder) as writer:
+        writer.begin(table_of(ids[:3]))
+        with pytest.raises(LockedError):
+            make_writer(store_folder).__enter__()
+        writer.finish()
+    assert open_store(store_folder).table.ids[:] == ids[:3]
+
+
+def test_a_folder_in_the_place_of_the_view_is_one_clear_error(store_folder, ids):
+    (store_folder / "features.h5").unlink()
+    (store_folder / "features.h5").mkdir()
+    with make_writer(store_folder) as writer, pytest.raises(ResourceError, match=r"features\.h5"):
+        writer.begin(table_of(ids[:3]))
+
+
+def test_new_folders_are_synced_up_to_the_one_that_was_there(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def recorded(descriptor):
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    with make_writer(tmp_path / "cache" / "photos" / "store"):
+        pass
+    assert {str(tmp_path), str(tmp_path / "cache"), str(tmp_path / "cache" / "photos")} <= set(
+        synced
+    )
+
+
+def test_two_files_of_one_name_at_once_leave_one_whole(tmp_path):
+    path = tmp_path / "out.h5"
+    (tmp_path / "out.h5.tmp").write_text("mine")
+
+    def write_twice():
+        with replacing(path, unique=True) as first:
+            first.write_text("first")
+            with replacing(path, unique=True) as second:
+                second.write_text("second")
+
+    with pytest.raises(FileExistsError):
+        write_twice()
+    assert path.read_text() == "second"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.h5", "out.h5.tmp"]
