@@ -13,8 +13,10 @@ from pipeline.errors import ResourceError, StoreError
 
 TEMPORARY_SUFFIX = ".tmp"
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FORBIDDEN = {errno.EACCES, errno.EPERM}
+
+_KEPT = "What was committed before is kept."
 
 
 def write_durably(path: Path, data: bytes | memoryview) -> None:
@@ -126,7 +128,16 @@ def write_error(path: Path, error: OSError) -> ResourceError | StoreError:
     if error.errno in _FULL:
         return ResourceError(
             f"No room to write {path} ({reason}).\n"
-            "  What was committed before is kept. Free some space, then run the same command again."
+            f"  {_KEPT} Free some space, then run the same command again."
+        )
+    if error.errno == errno.EFBIG:
+        return ResourceError(
+            f"No room to write {path} ({reason}): files may not grow beyond a limit.\n"
+            f"  {_KEPT} Raise the limit (ulimit -f), then run the same command again."
+        )
+    if error.errno == errno.EROFS:
+        return StoreError(
+            f"{path.parent} is on a disk that can only be read.\n  Give a folder on another disk."
         )
     if error.errno in _FORBIDDEN:
         return StoreError(
@@ -135,5 +146,5 @@ def write_error(path: Path, error: OSError) -> ResourceError | StoreError:
         )
     return ResourceError(
         f"Writing {path} failed ({reason}).\n"
-        "  Everything committed so far is kept. Check the disk, then run the same command again."
+        f"  {_KEPT} Check the disk, then run the same command again."
     )

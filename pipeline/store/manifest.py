@@ -175,9 +175,9 @@ def repair_command(folder: Path) -> str:
 
 
 def is_store(path: Path) -> bool:
-    """Whether ``path`` is a folder with a ``store.json``."""
+    """Whether ``path`` is a folder with a ``store.json``, or with the copy of one that is lost."""
     try:
-        return (path / MANIFEST_FILE).is_file()
+        return (path / MANIFEST_FILE).is_file() or (path / BACKUP_FILE).is_file()
     except OSError:
         return False
 
@@ -198,9 +198,14 @@ def read_manifest(folder: Path, name: str = MANIFEST_FILE) -> Manifest:
                 raise StoreFormatError(f"{path} is too large for what it is: {size_bytes:,} bytes.")
             data = file.read()
     except (FileNotFoundError, NotADirectoryError):
+        if name == MANIFEST_FILE and is_store(folder):
+            raise CorruptStoreError(
+                f"{folder} has lost its {name}. Restore it from its copy:\n"
+                f"  {repair_command(folder)}"
+            ) from None
+        why = f"it has no {name}" if folder.exists() else "there is no such folder"
         raise StoreError(
-            f"{folder} is not a feature store: it has no {name}.\n"
-            "  List the stores of the cache:  tlpipe ls"
+            f"{folder} is not a feature store: {why}.\n  List the stores of the cache:  tlpipe ls"
         ) from None
     except OSError as error:
         raise StoreError(f"{path} cannot be read ({error.strerror}).") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -138,9 +139,11 @@ class StoreWriter:
             told = self._new.provenance or found.provenance
             self._on_disk, self.manifest = found, replace(found, provenance=told)
         elif any((self.folder / SHARD_FOLDER).glob("*.h5")):
+            aside = self.folder.with_name(f"{self.folder.name}-damaged")
             raise CorruptStoreError(
-                f"{self.folder} holds shards but no store.json, which is written before any shard."
-                f"\n  Restore it from its copy:\n  {repair_command(self.folder)}"
+                f"{self.folder} holds shards, but store.json and its copy are lost: nothing says "
+                "what they hold.\n  Restore one of them from a backup, or set the folder aside:\n"
+                f"  mv {shlex.quote(str(self.folder))} {shlex.quote(str(aside))}"
             )
         self._index = self._index_table()
         sweep(self.folder, self.manifest if is_store(self.folder) else None)

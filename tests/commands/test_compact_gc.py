@@ -342,7 +342,7 @@ def test_a_damaged_store_is_no_garbage(here, gc):
     assert {one["path"]: one["remedy"] for one in document["kept"]} == {
         str(cut): f"tlpipe verify {cut}",
         str(foreign): f"tlpipe verify {foreign}",
-        str(lost): f"tlpipe verify {lost} --repair",
+        str(lost): f"tlpipe verify {lost}",
         str(torn): f"tlpipe verify {torn}",
     }
     assert contents(here) == before
@@ -463,7 +463,6 @@ def test_links_are_not_followed(here, gc):
     before = contents(here)
     document = gc("--delete")
     assert document["garbage"] == []
-    assert paths(document["kept"]) == [str(store)]
     assert contents(here) == before
     assert len(open_store(store)) == 3
 

@@ -238,10 +238,21 @@ def test_the_manifest_has_a_copy_of_the_same_bytes(store_folder):
     assert backup == (store_folder / "store.json").read_bytes()
 
 
-def test_a_writer_without_its_manifest_says_how_to_restore_it(store_folder):
+@pytest.mark.parametrize("use", [open_store, lambda folder: make_writer(folder).__enter__()])
+def test_whoever_misses_the_manifest_is_told_of_its_copy(store_folder, use):
     (store_folder / "store.json").unlink()
-    with pytest.raises(CorruptStoreError, match=r"tlpipe verify .* --repair"):
+    with pytest.raises(CorruptStoreError, match=r"has lost its store\.json") as caught:
+        use(store_folder)
+    assert f"tlpipe verify {store_folder} --repair" in str(caught.value)
+
+
+def test_a_writer_without_manifest_and_copy_touches_nothing(store_folder):
+    (store_folder / "store.json").unlink()
+    (store_folder / "store.backup.json").unlink()
+    shards = sorted((store_folder / "shards").iterdir())
+    with pytest.raises(CorruptStoreError, match=r"mv .*toy-1 .*toy-1-damaged"):
         make_writer(store_folder).__enter__()
+    assert sorted((store_folder / "shards").iterdir()) == shards
 
 
 def test_a_file_system_without_locks_is_told(tmp_path):
