@@ -19,9 +19,10 @@ def command(store: Path, as_json: bool, quiet: bool) -> int:
 
     An interrupted or growing extraction leaves small shards, which are slower to read; images that
     changed or left the data source leave rows that are never read again, but found should the image
-    come back. Features stay equal bit by bit, and readers that have the store open go on reading.
-    Until the new shards are in use the old ones stay, so there must be room for both; stopped at
-    any moment, the store is as it was or as it should be.
+    come back. Features stay equal bit by bit, and readers that have the store open through tlpipe
+    go on reading; programs that hold features.h5 open in plain h5py must open it again, or they are
+    shown NaN. Until the new shards are in use the old ones stay, so there must be room for both;
+    stopped at any moment, the store is as it was or as it should be.
 
     \b
     Examples:

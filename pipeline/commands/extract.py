@@ -179,6 +179,7 @@ def command(
             request,
             settings,
             cache_dir=cache_dir,
+            limit=limit,
             verify_content=verify == "content",
             on_plan=progress.start,
             on_progress=progress.advance,
@@ -206,25 +207,26 @@ def _next_steps(n_labels: dict[str, int], store: str) -> list[str]:
 
 def _print(console: Console, report: ExtractReport) -> None:
     """Say what was done."""
+    from pipeline.data.names import counted
     from pipeline.store.manifest import read_manifest
 
     n_found = report.n_cached + report.n_linked
     console.note(
-        f"{report.n_samples:,} samples: {n_found:,} found in the store, {report.n_embedded:,} "
-        f"embedded, {len(report.failures):,} skipped ({format_seconds(report.seconds)})."
+        f"{counted(report.n_samples, 'sample')}: {n_found:,} found in the store, "
+        f"{report.n_embedded:,} embedded, {len(report.failures):,} skipped "
+        f"({format_seconds(report.seconds)})."
     )
     if report.read_all and report.n_linked:
         console.note(f"Every file was read: {report.n_linked:,} hold bytes that are known.")
     elif report.n_linked:
-        console.note(
-            f"{report.n_linked:,} of those found are copies: their bytes are embedded already."
-        )
+        console.note(f"{report.n_linked:,} of those found were recognised by their bytes.")
     if report.n_decoded:
         _print_timings(console, report)
     else:
         console.note("Nothing was decoded.")
     if report.n_removed:
-        console.note(f"{report.n_removed:,} samples left the data source and the store's list.")
+        n_removed = counted(report.n_removed, "sample")
+        console.note(f"{n_removed} left the data source and the store's list.")
     for note, n in report.notes.items():
         console.note(f"Note: {n:,} × {note}")
     if report.failures:

@@ -36,6 +36,7 @@ from pipeline.store.lock import LOCK_FILE, WriterLock
 from pipeline.store.manifest import BACKUP_FILE, MANIFEST_FILE, is_store, read_manifest
 from pipeline.store.reader import Store, open_store
 from pipeline.store.state import SHARD_FOLDER, check_size, shard_path
+from pipeline.store.unpack import UNFINISHED_SUFFIX
 
 DATA_FOLDER = "data"
 DAY_SECONDS = 86_400
@@ -166,6 +167,9 @@ def _examine(folder: Path, rules: Rules) -> list[Found]:
     if is_half_deleted(folder):
         why = "an earlier tlpipe gc was stopped while deleting it"
         return [_folder_found(folder, "half-deleted", why, partial(finish_deleting, folder))]
+    if folder.name.endswith(UNFINISHED_SUFFIX) and not foreign(folder):
+        why = "a tlpipe unpack that was stopped; the same command would go on with it"
+        return [_folder_found(folder, "half-unpacked", why, partial(remove_folder, folder))]
     if not is_store(folder):
         return _examine_without_manifest(folder)
     try:
@@ -261,10 +265,15 @@ def _examine_parts(store: Store) -> list[Found]:
     n_unused = count_unused_rows(store)
     if n_unused:
         n_rows = sum(shard.n for shard in store.manifest.shards)
-        why = f"{n_unused:,} of {counted(n_rows, 'row')} are used by no sample"
         size_bytes = n_unused * store.manifest.row_bytes()
-        remedy = f"tlpipe compact {_quoted(folder)}"
-        found.append(Found(folder, "unused rows", why, size_bytes, remedy))
+        of_rows = f"{n_unused:,} of {counted(n_rows, 'row')}"
+        limit = store.source.get("limit")
+        if limit is None:
+            why, remedy = f"{of_rows} are used by no sample", f"tlpipe compact {_quoted(folder)}"
+            found.append(Found(folder, "unused rows", why, size_bytes, remedy))
+        else:
+            why = f"{of_rows} are hidden by --limit {limit}, until an extraction without it"
+            found.append(Found(folder, "hidden rows", why, size_bytes))
     return found
 
 

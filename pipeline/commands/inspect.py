@@ -188,6 +188,8 @@ def _print_store(console: Console, document: dict[str, Any]) -> None:
 
 def _input_summary(recipe: dict[str, Any]) -> str:
     preprocess = recipe.get("preprocess", {})
+    if not isinstance(preprocess, dict):
+        return f"{preprocess}; pooling {recipe.get('pooling')}"
     size = f"{preprocess.get('height')}×{preprocess.get('width')} px"
     resize = f"resized to {preprocess.get('resize')}, {preprocess.get('interpolation')}"
     return f"{size}, {resize}; pooling {recipe.get('pooling')}"

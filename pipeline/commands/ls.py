@@ -15,7 +15,7 @@ from pipeline.commands.console import (
     output_options,
     runs_option,
 )
-from pipeline.errors import EXIT_DONE, StoreError
+from pipeline.errors import EXIT_DONE, ResourceError, StoreError
 
 
 @click.command()
@@ -62,18 +62,23 @@ def command(cache_dir: Path, runs_dir: Path, as_json: bool, quiet: bool) -> int:
 
 def _stores(cache_dir: Path, console: Console) -> Iterator[dict[str, Any]]:
     from pipeline.store import open_store
+    from pipeline.store.manifest import BACKUP_FILE, MANIFEST_FILE
+    from pipeline.store.unpack import UNFINISHED_SUFFIX
 
-    for path in sorted(cache_dir.glob("*/*/store.json")):
+    names = (MANIFEST_FILE, BACKUP_FILE)
+    for path in sorted({p.parent for name in names for p in cache_dir.glob(f"*/*/{name}")}):
+        if path.name.endswith(UNFINISHED_SUFFIX):
+            console.note(f"Warning: {path} is what an unfinished tlpipe unpack left so far.")
+            continue
         try:
-            store = open_store(path.parent)
-        except StoreError as error:
+            store = open_store(path)
+        except (ResourceError, StoreError) as error:
             console.note(f"Warning: {error}")
             continue
-        preprocess = store.recipe.get("preprocess", {})
         yield {
-            "path": str(path.parent),
+            "path": str(path),
             "backbone": str(store.recipe.get("backbone", "")),
-            "input": f"{preprocess.get('height')}×{preprocess.get('width')}",
+            "input": _pixels(store.recipe.get("preprocess")),
             "layers": list(store.layers),
             "pooling": str(store.recipe.get("pooling", "")),
             "n_samples": len(store.table),
@@ -82,13 +87,20 @@ def _stores(cache_dir: Path, console: Console) -> Iterator[dict[str, Any]]:
         }
 
 
+def _pixels(preprocess: Any) -> str:
+    """Height and width of the input; whatever else a store's recipe says of it as it is."""
+    if not isinstance(preprocess, dict):
+        return str(preprocess or "")
+    return f"{preprocess.get('height')}×{preprocess.get('width')}"
+
+
 def _runs(runs_dir: Path, console: Console) -> Iterator[dict[str, Any]]:
     from pipeline.runs.folder import RUN_FILE, read_run
 
     for path in sorted(runs_dir.glob(f"*/*/{RUN_FILE}")):
         try:
             run = read_run(path.parent)
-        except StoreError as error:
+        except (ResourceError, StoreError) as error:
             console.note(f"Warning: {error}")
             continue
         split = run["scored_on"]

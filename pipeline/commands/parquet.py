@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.errors import UsageError
-from pipeline.store.durable import replacing
-from pipeline.store.pack import check_new
+from pipeline.store.pack import new_file
 
 if TYPE_CHECKING:
     from pipeline.store.export import Selection
@@ -39,7 +38,6 @@ def export_parquet(selection: Selection, path: Path, about: dict[str, str]) -> N
             "Parquet files are written by pyarrow, which is not installed.\n"
             "  Install it:  pip install 'tlpipe[parquet]'"
         ) from error
-    check_new(path)
     widths = {name: int(np.prod(layer.shape[1:])) for name, layer in selection.layers.items()}
     schema = pa.schema(
         [pa.field(name, pa.string()) for name in selection.columns]
@@ -47,7 +45,7 @@ def export_parquet(selection: Selection, path: Path, about: dict[str, str]) -> N
         metadata=about,
     )
     with (
-        replacing(path) as temporary,
+        new_file(path) as temporary,
         # Numbers hardly ever repeat: only texts gain by a dictionary.
         pq.ParquetWriter(temporary, schema, use_dictionary=list(selection.columns)) as writer,
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.store.verify import VerifyReport
 
 FOLDER_LAYOUTS = ("classes", "splits", "flat")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @click.command()
@@ -254,18 +256,20 @@ def extract_command(store: Path, manifest: Manifest) -> str:
     if not origin or "spec" not in source:
         return "tlpipe extract DATA"
     data, root = str(source["spec"]), str(source.get("root"))
-    if source.get("layout") in FOLDER_LAYOUTS and not Path(data).exists():
+    asked = _asked(manifest)
+    if source.get("layout") in FOLDER_LAYOUTS and not os.path.exists(data):  # noqa: PTH110
         data = root  # it was typed in another folder
     is_manifest = source.get("layout") == "manifest" and str(Path(data).resolve().parent) != root
     options = {
         "--backbone": origin["spec"],
         "--weights": origin["weights"],
-        "--layers": ",".join(map(str, recipe.get("layers", ["penultimate"]))),
+        "--layers": ",".join(asked["layers"]),
         "--pooling": recipe.get("pooling"),
         "--image-size": origin["image_size"],
-        "--precision": recipe.get("precision"),
+        "--precision": asked["precision"],
         "--dtype": recipe.get("storage"),
         "--seed": origin["seed"],
+        "--limit": source.get("limit"),
         "--root": root if is_manifest else None,
         "--cache": store.parent.parent if len(store.parts) > 2 else store.resolve().parents[1],
     }
@@ -275,3 +279,16 @@ def extract_command(store: Path, manifest: Manifest) -> str:
         if value is not None and str(value) != str(defaults[name]):
             words += [name, str(value)]
     return shlex.join(words)
+
+
+def _asked(manifest: Manifest) -> dict[str, Any]:
+    """The layers and the precision that were asked for: "all" and "auto" are not in a recipe."""
+    layers = manifest.recipe.get("layers", ["penultimate"])
+    precision = str(manifest.recipe.get("precision"))
+    known = {"layers": layers, "precision": precision if precision in PRECISIONS else "auto"}
+    asked = manifest.provenance.get("asked")
+    if not isinstance(asked, dict) or asked.get("precision") not in PRECISIONS:
+        return known
+    words = asked.get("layers")
+    is_text = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    return {"layers": words if is_text else layers, "precision": asked["precision"]}

@@ -46,6 +46,7 @@ class Embedder:
     def __init__(self, backbone: Backbone, settings: Settings, request: str = "") -> None:
         self.backbone = backbone
         self._request = request
+        self._asked = {"layers": list(settings.layers), "precision": settings.precision}
         self.device = resolve_device(settings.device)
         on_cpu = self.device.type == "cpu"
         self.batch_size = settings.batch_size or (CPU_BATCH_SIZE if on_cpu else GPU_BATCH_SIZE)
@@ -99,6 +100,7 @@ class Embedder:
         return {
             **(recalled if self._request else {}),
             "backbone": dict(self.backbone.origin),
+            "asked": self._asked,
             "device": torch.cuda.get_device_name(self.device) if cuda else str(self.device),
             "batch_size": self.batch_size,
             "n_threads": self.n_threads,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,10 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.names import to_id
+from pipeline.data.names import counted, to_id
 from pipeline.data.samples import DataSource, Sample
-from pipeline.errors import DataError, EmptySourceError
-from pipeline.extract.place import check_writable, kept_beside, root_text, store_folder
+from pipeline.errors import DataError, EmptySourceError, UsageError
+from pipeline.extract.place import (
+    check_source_writable,
+    check_writable,
+    is_gone,
+    is_place,
+    kept_beside,
+    place_of,
+    store_folder,
+)
 from pipeline.extract.plan import Plan, make_plan
 from pipeline.extract.recall import Request, recall
 from pipeline.extract.timings import Timings
@@ -33,6 +42,9 @@ if TYPE_CHECKING:
 
 # Known images fill no batch: past this many samples of any kind, what there is gets written.
 GATHERED_SAMPLES = 1024
+
+# Of a relabelled column: samples that came later have the data source's values.
+_IN_PART = ", in part"
 
 
 @dataclass(frozen=True)
@@ -102,6 +114,7 @@ def extract(
     settings: Settings | None = None,
     *,
     cache_dir: Path = Path("cache"),
+    limit: int | None = None,
     verify_content: bool = False,
     on_plan: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -116,6 +129,8 @@ def extract(
             something to embed.
         settings: layers, pooling, precision and the like.
         cache_dir: where stores are kept.
+        limit: the limit that ``source`` was opened with: samples that it lacks for that are not
+            gone.
         verify_content: read every file instead of trusting size and modification time.
         on_plan: is told the number of samples and how many of them have to be read.
         on_progress: is told how many more samples are done.
@@ -124,6 +139,7 @@ def extract(
 
     Raises:
         DataError: there is no image, or none that can be decoded.
+        UsageError: the limit would drop samples that `tlpipe relabel` said something of.
         StoreError: the store cannot be written to, or is damaged.
         LockedError: another process writes to the store.
         ResourceError: out of disk space or memory; what was committed is kept.
@@ -137,6 +153,7 @@ def extract(
     known = recall(cache_dir, source, request) if request and not verify_content else None
     embedder, timings = None, Timings()
     if known is None:
+        check_source_writable(cache_dir, source)
         with timings.spent("loading"):
             embedder = _load_embedder(backbone, settings, request)
         recipe, layers = embedder.recipe, embedder.layers
@@ -147,9 +164,14 @@ def extract(
         _tell_what_is_kept(folder, source, recipe, on_note)
     report = ExtractReport(folder, n_samples=len(source.samples), timings=timings)
     told = None if embedder is None else embedder.provenance()
-    with StoreWriter(folder, recipe, layers, _described(source), provenance=told) as writer:
+    described = _described(source, limit)
+    with StoreWriter(folder, recipe, layers, described, provenance=told) as writer:
         with timings.spent("planning"):
-            plan = _begin(writer, source, report, verify_content=verify_content, on_note=on_note)
+            plan = _plan(writer, source, described, verify_content=verify_content)
+            _begin(writer, source, plan, described, on_note)
+        report.read_all = plan.reads_all
+        report.n_removed = plan.n_removed
+        report.n_cached = len(source.samples) - len(plan.todo)
         if on_plan is not None:
             on_plan(len(source.samples), len(plan.todo))
         samples = [source.samples[i] for i in plan.todo]
@@ -195,58 +217,100 @@ def _tell_what_is_kept(
         on_note(f"{kept} is kept: it differs in {'; '.join(differences)}. Extracting beside it.")
 
 
-def _described(source: DataSource) -> dict[str, Any]:
-    """What a store says of its data source."""
-    return {
+def _described(source: DataSource, limit: int | None) -> dict[str, Any]:
+    """What a store says of its data source; of a limit only where it may have left samples out."""
+    described: dict[str, Any] = {
         "name": source.name,
         "spec": to_id(source.spec),
-        "root": root_text(source),
+        **place_of(source),
         "layout": source.layout,
         "split_origin": source.split_origin,
     }
+    if limit is not None and limit in Counter(sample.split for sample in source.samples).values():
+        described["limit"] = limit
+    return described
+
+
+def _plan(
+    writer: StoreWriter,
+    source: DataSource,
+    described: Mapping[str, Any],
+    *,
+    verify_content: bool,
+) -> Plan:
+    """What has to be done, if that does not lose what was set by hand.
+
+    Raises:
+        UsageError: samples of a relabelled store would be dropped for a limit only.
+    """
+    manifest = writer.manifest
+    plan = make_plan(
+        source,
+        writer.table,
+        verify_content=verify_content,
+        is_elsewhere=manifest.source.get("root") != described["root"],
+        relabelled=manifest.relabelled,
+    )
+    if manifest.relabelled and plan.n_removed and "limit" in described:
+        shown = shlex.quote(str(writer.folder))
+        raise UsageError(
+            f"With --limit {described['limit']}, {counted(plan.n_removed, 'sample')} would leave "
+            f"{writer.folder}, and what `tlpipe relabel` set for them would be lost.\n"
+            "  Extract without --limit, or into another cache:  --cache FOLDER\n"
+            f"  Or give up what was set:  tlpipe relabel {shown} --reset"
+        )
+    return plan
 
 
 def _begin(
     writer: StoreWriter,
     source: DataSource,
-    report: ExtractReport,
-    *,
-    verify_content: bool,
+    plan: Plan,
+    described: dict[str, Any],
     on_note: Callable[[str], None],
-) -> Plan:
+) -> None:
     """Make the data source's samples those of the store; what is still valid stays."""
-    known, relabelled = writer.manifest.source, writer.manifest.relabelled
-    described = _described(source)
-    moved = known.get("root") != described["root"]
-    plan = make_plan(
-        source,
-        writer.table,
-        verify_content=verify_content,
-        is_elsewhere=moved,
-        relabelled=relabelled,
-    )
-    if relabelled:
-        on_note(_relabelled_text(writer.folder, relabelled))
-    if SPLIT in relabelled and plan.n_added:
-        described["split_origin"] = split_origin(relabelled[SPLIT], source.split_origin)
-    elif SPLIT in relabelled:
-        described["split_origin"] = known.get("split_origin", "")
-    writer.begin(plan.table, source=described)
-    report.read_all = verify_content or moved
-    report.n_removed = plan.n_removed
-    report.n_cached = len(source.samples) - len(plan.todo)
-    return plan
+    known, marks = writer.manifest.source, writer.manifest.relabelled
+    if not is_place(known, source):
+        on_note(_brought_text(writer.folder, known, described))
+    if marks:
+        if plan.n_added:
+            marks = {
+                name: f"{file.removesuffix(_IN_PART)}{_IN_PART}" for name, file in marks.items()
+            }
+        on_note(_relabelled_text(writer.folder, marks, plan))
+    if SPLIT in marks:
+        origin = str(known.get("split_origin", ""))
+        file = marks[SPLIT].removesuffix(_IN_PART)
+        described["split_origin"] = (
+            split_origin(file, source.split_origin) if plan.n_added else origin
+        )
+    writer.begin(plan.table, source=described, relabelled=marks)
 
 
-def _relabelled_text(folder: Path, relabelled: Mapping[str, str]) -> str:
+def _brought_text(folder: Path, known: Mapping[str, Any], described: Mapping[str, Any]) -> str:
+    """Where the data of a store was, and where it is now."""
+    was, now = (str(where.get("manifest") or where.get("root")) for where in (known, described))
+    if was == now:
+        was, now = str(known.get("root")), str(described["root"])
+    state = "is gone" if is_gone(known) else "has the same images"
+    return f"{folder} was made from {was}, which {state}; it is that of {now} now."
+
+
+def _relabelled_text(folder: Path, marks: Mapping[str, str], plan: Plan) -> str:
     """Which columns are not the data source's, and how to have those again."""
     columns: dict[str, list[str]] = {}
-    for column, file in relabelled.items():
+    for column, file in marks.items():
         columns.setdefault(file, []).append(column)
     parts = [f"{', '.join(names)} from {file}" for file, names in columns.items()]
+    text = f"As set by `tlpipe relabel`: {'; '.join(parts)}. "
+    if plan.n_added:
+        text += f"The data source's for {counted(plan.n_added, 'new sample')}. "
+    if plan.n_removed:
+        n_left = counted(plan.n_removed, "sample")
+        text += f"{n_left} left the data source, and what was set for them is lost. "
     return (
-        f"As set by `tlpipe relabel`: {'; '.join(parts)}. To take the data source's again:  "
-        f"tlpipe relabel {shlex.quote(str(folder))} --reset"
+        f"{text}To take the data source's again:  tlpipe relabel {shlex.quote(str(folder))} --reset"
     )
 
 

@@ -25,12 +25,14 @@ class Plan:
         todo: (n,) indices of samples whose files must be read.
         n_added: samples that the store did not know.
         n_removed: samples that the store knew and the data source no longer has.
+        reads_all: whether every file is read, also those that seem current.
     """
 
     table: SampleTable
     todo: NDArray[np.intp]
     n_added: int
     n_removed: int
+    reads_all: bool
 
 
 def make_plan(
@@ -84,7 +86,7 @@ def make_plan(
             table.reasons = {i: known.reasons[j] for i, j in pairs if j in known.reasons}
     todo = np.flatnonzero(table.statuses != Status.OK)
     everything = verify_content or is_elsewhere
-    return Plan(table, np.arange(len(ids)) if everything else todo, n_added, n_removed)
+    return Plan(table, np.arange(len(ids)) if everything else todo, n_added, n_removed, everything)
 
 
 def _keep_relabelled(

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import StoreError
+from pipeline.errors import ResourceError, StoreError
 from pipeline.store.key import canonical_json
 from pipeline.store.manifest import Manifest, read_manifest
 
@@ -73,7 +73,7 @@ def recall(cache_dir: Path, source: DataSource, request: str) -> Manifest | None
     for path in sorted(cache_dir.glob(f"{source.name}*/*/store.json")):
         try:
             manifest = read_manifest(path.parent)
-        except StoreError:  # told where it matters: when it is opened
+        except (ResourceError, StoreError):  # told where it matters: when it is opened
             continue
         told = manifest.provenance
         if told.get(REQUEST) == request and _is_unchanged(told.get(WATCHED)):

@@ -21,7 +21,7 @@ from pipeline.store.durable import write_durably
 from pipeline.store.leftovers import sweep
 from pipeline.store.manifest import FileInfo, Manifest, file_info, read_manifest
 from pipeline.store.reader import Store, open_store
-from pipeline.store.shard import read_digests, read_log, shard_bytes
+from pipeline.store.shard import read_digest_array, read_log, shard_bytes
 from pipeline.store.state import shard_path
 from pipeline.store.table import SampleTable, Status
 from pipeline.store.writer import SHARD_ROWS, StoreWriter, full_shard_rows
@@ -142,7 +142,7 @@ class _Rows:
             if n_used.get(shard.number, 0) < shard.n or shard.n < n_full
         )
         n_rows = self.count_in(stale)
-        n_after = -(-n_rows // n_full)
+        n_after = max(1, -(-n_rows // n_full))  # one may hold nothing but a log
         all_used = n_rows == sum(shard.n for shard in stale)
         return () if all_used and n_after == len(stale) else stale
 
@@ -198,8 +198,7 @@ class _Compaction:
             start, stop = np.searchsorted(numbers, [shard.number, shard.number + 1])
             samples = by_shard[start:stop]
             samples = samples[table.statuses[samples] == Status.OK]
-            known = b"".join(read_digests(shard_path(self.store.path, shard), shard))
-            digests = np.frombuffer(known, np.uint8).reshape(shard.n, -1)
+            digests = read_digest_array(shard_path(self.store.path, shard), shard)
             differs = (digests[table.rows[samples]] != table.digests[samples]).any(axis=1)
             if differs.any():
                 i = int(samples[differs][0])
@@ -213,6 +212,8 @@ class _Compaction:
     def commit(self, writer: StoreWriter) -> None:
         """Write the new shards and take them into use."""
         n_new = -(-len(self.moved) // self.n_full)
+        if not n_new and len(self._untold()):
+            n_new = 1  # no row is left, but something to tell
         new = [self._write_shard(k, is_last=k == n_new - 1) for k in range(n_new)]
         writer.replace_shards([*self.kept, *new], self.table)
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from pipeline.store.durable import TEMPORARY_SUFFIX, replacing, sync_folder, write_error
-from pipeline.store.pack import BATCH_BYTES, check_new
+from pipeline.store.durable import TEMPORARY_SUFFIX, sync_folder, write_error
+from pipeline.store.pack import BATCH_BYTES, check_new, new_file
 from pipeline.store.reader import FeatureArray, Store
 
 SAMPLES_FILE = "samples.csv"
@@ -89,7 +89,6 @@ def export_csv(selection: Selection, path: Path) -> None:
         StoreError: the folder cannot be written to.
         ResourceError: the disk is full or fails.
     """
-    check_new(path)
     _write_csv(path, _csv_header(selection), _csv_rows(selection))
 
 
@@ -128,6 +127,7 @@ def export_npy(selection: Selection, folder: Path) -> None:
             _write_npy(unfinished / npy_name(name), layer, selection.stretches())
         samples = zip(*selection.columns.values(), strict=True)
         _write_csv(unfinished / SAMPLES_FILE, list(selection.columns), samples)
+        check_new(folder)  # another process may have been quicker
         unfinished.rename(folder)
         sync_folder(folder.parent)
     except OSError as error:
@@ -147,7 +147,7 @@ def _write_npy(path: Path, layer: FeatureArray, stretches: Iterable[slice]) -> N
         "fortran_order": False,
         "shape": layer.shape,
     }
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with new_file(path) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for here in stretches:
             file.write(layer[here].tobytes())
@@ -156,7 +156,7 @@ def _write_npy(path: Path, layer: FeatureArray, stretches: Iterable[slice]) -> N
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
     """Write a CSV file; None is an empty cell."""
     with (
-        replacing(path) as temporary,
+        new_file(path) as temporary,
         temporary.open("w", encoding="utf-8", newline="") as file,
     ):
         writer = csv.writer(file)

@@ -6,23 +6,34 @@ anything of that shape is allocated.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
+import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, SupportsIndex, overload
+from typing import Any, BinaryIO, SupportsIndex, overload
 
 import h5py
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pipeline.errors import CorruptStoreError, StoreFormatError
+from pipeline.errors import CorruptStoreError, ResourceError, StoreError, StoreFormatError
+from pipeline.store.key import open_regular
 
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, 2)
 CHUNK_BYTES = 2_000_000
+
+# What the system says of a file that is gone or was replaced by something that is no file. It says
+# anything else (EMFILE, ENOMEM, EIO, ESTALE, ETIMEDOUT ...) of files that may be intact.
+_DAMAGE = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO,
+}  # fmt: skip
+DENIED = {errno.EACCES, errno.EPERM}
 
 # What fletcher32 adds to a chunk.
 _CHECKSUM_BYTES = 4
@@ -51,9 +62,11 @@ def open_file(path: Path, kind: str) -> Iterator[h5py.File]:
     Raises:
         CorruptStoreError: it is not there or not readable as HDF5, or what is read from it is not.
         StoreFormatError: it is of another kind, or of a version this release does not read.
+        ResourceError: it cannot be read now; see :func:`not_damage`.
+        StoreError: it may not be read.
     """
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with open_regular(path) as raw, _opened(raw, path) as file:
             version = attribute(file, "format_version")
             if version is None:
                 raise StoreFormatError(f"{path} is not a file of tlpipe, expected {kind!r}.")
@@ -65,7 +78,45 @@ def open_file(path: Path, kind: str) -> Iterator[h5py.File]:
     except FileNotFoundError:
         raise CorruptStoreError(f"{path} is missing.") from None
     except (OSError, RuntimeError) as error:  # what HDF5 raises for anything it cannot read
-        raise CorruptStoreError(f"{path} cannot be read as HDF5: {error}") from error
+        why = error.strerror if isinstance(error, OSError) and error.errno else error
+        damage = CorruptStoreError(f"{path} cannot be read as HDF5: {why}")
+        raise not_damage(path, error) or damage from error
+
+
+def _opened(raw: BinaryIO, path: Path) -> h5py.File:
+    """The HDF5 file whose bytes ``raw`` reads.
+
+    HDF5 shares what it has open within a process: of a file that was opened by its name, as the
+    sources of ``features.h5`` are, it refuses to open it otherwise. By way of Python it shares
+    nothing, and what the system says of a failed read arrives here with its number.
+    """
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, raw)
+    return h5py.File(h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, fapl=access))
+
+
+def not_damage(path: Path, error: Exception) -> ResourceError | StoreError | None:
+    """What to raise where a file cannot be read although nothing may be wrong with it.
+
+    Args:
+        path: the file.
+        error: what reading it raised.
+
+    Returns:
+        None where the file is gone, is no file, or holds what HDF5 cannot read.
+    """
+    if not isinstance(error, OSError) or error.errno is None or error.errno in _DAMAGE:
+        return None
+    if error.errno in DENIED:
+        return StoreError(
+            f"{path} cannot be read: {error.strerror}.\n"
+            f"  Allow it:  chmod u+r {shlex.quote(str(path))}"
+        )
+    return ResourceError(
+        f"{path} cannot be read now: {error.strerror}.\n"
+        "  That does not say that it is damaged. Mend the cause, then run the same command again."
+    )
 
 
 def check_version(path: Path, version: object) -> None:
@@ -101,10 +152,22 @@ def attribute(file: h5py.File, name: str) -> str | int | None:
     if name not in attributes:
         return None
     kind = attributes.get_id(name)
-    if kind.shape != () or kind.dtype.kind not in "iuS":
+    dtype = _dtype(kind)
+    if dtype is None:
+        raise StoreFormatError(f"{file.filename}: attribute {name!r} is of no type that is known.")
+    if kind.shape != () or dtype.kind not in "iuS":
         return None
     value = attributes[name]
     return int(value) if isinstance(value, np.integer) else value.decode(errors="replace")
+
+
+def _dtype(found: h5py.Dataset | h5py.h5a.AttrID) -> np.dtype[Any] | None:
+    """The type of what is stored; None where numpy has no such, as for a time."""
+    try:
+        dtype: np.dtype[Any] = found.dtype
+    except (TypeError, ValueError):
+        return None
+    return dtype
 
 
 def chunk_rows(row_bytes: int, n_rows: int) -> int:
@@ -142,17 +205,18 @@ def dataset(
     allowed = [h5py.h5z.FILTER_FLETCHER32] if checksums else []
     if found.external or found.is_virtual or filters != allowed:
         raise refused("is not a plain dataset of this file")
-    have = found.shape
+    have, stored = found.shape, _dtype(found)
     fits = (
         have is not None
         and len(have) == len(shape)
         and all(want is None or want == found for want, found in zip(shape, have, strict=True))
     )
-    if not fits or found.dtype != np.dtype(dtype):
+    if not fits or stored is None or stored != np.dtype(dtype):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise refused(f"is {found.dtype} {have}, expected {np.dtype(dtype)} ({wanted})")
+        kind = "of no known type" if stored is None else stored
+        raise refused(f"is {kind} {have}, expected {np.dtype(dtype)} ({wanted})")
     # A few bytes can promise terabytes, or zeros that nobody wrote.
-    size_bytes = math.prod(found.shape) * found.dtype.itemsize
+    size_bytes = math.prod(found.shape) * stored.itemsize
     if size_bytes > min(found.id.get_storage_size(), group.file.id.get_filesize()):
         raise refused(f"promises {size_bytes:,} bytes, more than the file holds")
     if checksums and not _has_whole_chunks(found):

@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline.errors import CorruptStoreError, ResourceError, StoreError, StoreFormatError
 from pipeline.store.durable import write_durably
-from pipeline.store.hdf5 import FORMAT_VERSION, check_version
+from pipeline.store.hdf5 import FORMAT_VERSION, check_version, not_damage
 from pipeline.store.key import canonical_json, open_regular, recipe_key
 
 MANIFEST_FILE = "store.json"
@@ -208,7 +208,8 @@ def read_manifest(folder: Path, name: str = MANIFEST_FILE) -> Manifest:
             f"{folder} is not a feature store: {why}.\n  List the stores of the cache:  tlpipe ls"
         ) from None
     except OSError as error:
-        raise StoreError(f"{path} cannot be read ({error.strerror}).") from error
+        other = StoreError(f"{path} cannot be read ({error.strerror}).")
+        raise not_damage(path, error) or other from error
     try:
         return parse_manifest(path, data)
     except CorruptStoreError as error:

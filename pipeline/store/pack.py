@@ -45,6 +45,9 @@ KIND = "tlpipe-pack"
 
 # The number of the one shard that the features are.
 _SHARD = 1
+
+# Of any HDF5 file: no shard is smaller, though it has no row.
+_SUPERBLOCK_BYTES = 48
 BATCH_BYTES = 16_000_000
 
 
@@ -62,11 +65,27 @@ def pack_store(store: Store, path: Path) -> None:
     """
     if store.path.resolve() in path.resolve().parents:
         raise UsageError(f"{path} lies within the store, which holds no files but its own.")
-    check_new(path)
-    with replacing(path) as temporary, _Output(temporary, "w+") as output:
+    with new_file(path) as temporary, _Output(temporary, "w+") as output:
         write_file(output, KIND, lambda file: _fill(file, store, output))
         output.check()
         _seal(temporary, output)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to fill, which is put at ``path`` when the block ends well and nothing came there.
+
+    Raises:
+        UsageError: there is something at ``path``, perhaps only since the block began.
+        StoreError: the folder cannot be made or written to.
+        ResourceError: the disk is full or fails.
+    """
+    check_new(path)
+    try:
+        with replacing(path, unique=True) as temporary:
+            yield temporary
+    except FileExistsError as error:
+        raise exists_error(path) from error
 
 
 def check_new(path: Path) -> None:
@@ -77,10 +96,7 @@ def check_new(path: Path) -> None:
         StoreError: the folder cannot be made or written to.
     """
     if os.path.lexists(path):
-        raise UsageError(
-            f"{path} exists already; nothing was overwritten.\n"
-            "  Give another name, or move it away first."
-        )
+        raise exists_error(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -92,6 +108,14 @@ def check_new(path: Path) -> None:
             f"{path} cannot be written: the permissions of {path.parent} forbid it.\n"
             "  Give another path, or change them."
         )
+
+
+def exists_error(path: Path) -> UsageError:
+    """What to say where something is that is not replaced."""
+    return UsageError(
+        f"{path} exists already; nothing was overwritten.\n"
+        "  Give another name, or move it away first."
+    )
 
 
 class _Output(io.FileIO):
@@ -148,7 +172,7 @@ def _fill(file: h5py.File, store: Store, output: _Output) -> None:
             FileInfo(
                 f"{_SHARD:06d}.h5",
                 features_sha256(digests),
-                n_rows * (manifest.row_bytes() + DIGEST_BYTES),
+                _SUPERBLOCK_BYTES + n_rows * (manifest.row_bytes() + DIGEST_BYTES),
                 n_rows,
             ),
         ),

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import StoreError
+from pipeline.errors import CorruptStoreError, StoreFormatError
 from pipeline.store.durable import sync_folder, write_durably, write_error
 from pipeline.store.leftovers import QUARANTINE_FOLDER
 from pipeline.store.lock import WriterLock
-from pipeline.store.manifest import BACKUP_FILE, MANIFEST_FILE, Manifest, file_info
+from pipeline.store.manifest import BACKUP_FILE, MANIFEST_FILE, Manifest, file_info, repair_command
 from pipeline.store.samples_file import read_samples_file, samples_file_bytes
 from pipeline.store.shard import read_log
 from pipeline.store.state import SHARD_FOLDER, apply_log, check_file, shard_path
@@ -35,7 +35,6 @@ from pipeline.store.verify import (
     find_manifest,
     own_rows,
     positions,
-    repair_command,
     row_digests,
     unfolded,
 )
@@ -65,7 +64,8 @@ class RepairReport:
 def repair_store(folder: Path, *, on_progress: Callable[[int], None] | None = None) -> RepairReport:
     """Read every byte of a store and mend what can be mended.
 
-    Nothing is done where a file cannot be read for another reason than damage, or where both
+    Nothing is done where a file cannot be read for another reason than damage (bytes that have the
+    recorded sha256 are never damage because HDF5 cannot read them), or where both
     copies of the manifest are damaged: ``after`` is ``before`` then.
 
     Args:
@@ -170,7 +170,7 @@ class _Repair:
         try:
             check_file(self.folder / file.file, file)
             table = read_samples_file(self.folder / file.file, file.n)
-        except StoreError:
+        except (CorruptStoreError, StoreFormatError):
             self._set_aside(file.file)
             return None
         index = positions(table)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 
-from pipeline.errors import CorruptStoreError
+from pipeline.errors import CorruptStoreError, TlpipeError
+from pipeline.store.hdf5 import not_damage
 from pipeline.store.key import file_sha256
 from pipeline.store.manifest import FileInfo, Manifest, repair_command
 from pipeline.store.samples_file import read_samples_file
@@ -27,12 +29,14 @@ def check_file(path: Path, info: FileInfo) -> None:
 
     Raises:
         CorruptStoreError: it is missing or differs.
+        ResourceError: it cannot be read now.
+        StoreError: it may not be read.
     """
     check_size(path, info)
     try:
         intact = file_sha256(path) == info.sha256
     except OSError as error:
-        raise CorruptStoreError(_damaged(path, f"it cannot be read: {error.strerror}")) from error
+        raise _unreadable(path, error) from error
     if not intact:
         raise CorruptStoreError(_damaged(path, "its sha256 is another"))
 
@@ -40,13 +44,21 @@ def check_file(path: Path, info: FileInfo) -> None:
 def check_size(path: Path, info: FileInfo) -> None:
     """The quick part of :func:`check_file`: whether the file is there and of the right size."""
     try:
-        size_bytes = path.stat().st_size
+        found = path.stat()
     except OSError as error:
-        raise CorruptStoreError(_damaged(path, f"it cannot be read: {error.strerror}")) from error
+        raise _unreadable(path, error) from error
+    if not S_ISREG(found.st_mode):
+        raise CorruptStoreError(_damaged(path, "it is not a regular file"))
+    size_bytes = found.st_size
     if size_bytes != info.size_bytes:
         raise CorruptStoreError(
             _damaged(path, f"{size_bytes:,} bytes on disk, {info.size_bytes:,} recorded")
         )
+
+
+def _unreadable(path: Path, error: OSError) -> TlpipeError:
+    damage = CorruptStoreError(_damaged(path, f"it cannot be read: {error.strerror}"))
+    return not_damage(path, error) or damage
 
 
 def _damaged(path: Path, how: str) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.errors import CorruptStoreError, StoreFormatError, UsageError
 from pipeline.store.durable import sync_folder, write_error
+from pipeline.store.lock import HOLDER_FILE
 from pipeline.store.pack import BATCH_BYTES, check_new, features_sha256, read_rows
 from pipeline.store.reader import Store
 from pipeline.store.table import SampleTable, Status
@@ -40,6 +41,8 @@ def unpack_store(store: Store, folder: Path) -> None:
     manifest = store.manifest
     if not store.path.is_file():
         raise UsageError(f"{store.path} is not a file of tlpipe pack: it needs no unpacking.")
+    if folder.name.endswith(UNFINISHED_SUFFIX):
+        raise UsageError(f"{folder} is called as what an interrupted unpack leaves; rename it.")
     check_new(folder)
     unfinished = folder.with_name(folder.name + UNFINISHED_SUFFIX)
     with StoreWriter(
@@ -55,8 +58,16 @@ def unpack_store(store: Store, folder: Path) -> None:
         writer.begin(_not_yet(store.table))
         _copy_rows(store, writer)
         writer.finish()
+        _place(unfinished, folder)
+
+
+def _place(unfinished: Path, folder: Path) -> None:
+    """Give the whole store its name, while its lock keeps another process from going on with it."""
+    check_new(folder)
     try:
         unfinished.rename(folder)
+        # The lock, which is at its old name, cannot remove it any more.
+        (folder / HOLDER_FILE).unlink(missing_ok=True)
         sync_folder(folder.parent)
     except OSError as error:
         raise write_error(folder, error) from error

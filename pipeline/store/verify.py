@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import os
@@ -10,6 +9,7 @@ import shlex
 from collections.abc import Callable, Hashable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +17,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import CorruptStoreError, StoreError, StoreFormatError
-from pipeline.store.hdf5 import attribute, open_file
+from pipeline.errors import CorruptStoreError, ResourceError, StoreError, StoreFormatError
+from pipeline.store.hdf5 import DENIED, attribute, not_damage, open_file
 from pipeline.store.key import open_regular
 from pipeline.store.leftovers import QUARANTINE_FOLDER, leftovers, quarantined
 from pipeline.store.manifest import (
@@ -29,13 +29,14 @@ from pipeline.store.manifest import (
     Manifest,
     parse_manifest,
     read_manifest,
+    repair_command,
 )
 from pipeline.store.samples_file import read_samples_file
 from pipeline.store.shard import KIND as SHARD_KIND
 from pipeline.store.shard import open_features, read_digests, read_log
 from pipeline.store.state import SHARD_FOLDER, apply_log, check_file, check_size, shard_path
 from pipeline.store.table import DIGEST_BYTES, LogEntry, SampleTable, Status
-from pipeline.store.view import VIEW_FILE
+from pipeline.store.view import VIEW_FILE, hindrance
 from pipeline.store.view_check import compare_view, is_comparable
 
 Digests = dict[int, NDArray[np.uint8]]
@@ -45,9 +46,7 @@ T = TypeVar("T")
 _TRIES = 20
 _READ_BYTES = 8_000_000
 
-_DENIED = {errno.EACCES, errno.EPERM}
-# Why a file cannot be read although nothing may be wrong with it.
-_NOT_DAMAGE = {*_DENIED, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+Unusable = StoreError | ResourceError
 
 
 @dataclass(frozen=True)
@@ -108,11 +107,11 @@ class VerifyReport:
         """Report a problem; a repair mends it unless another remedy is given."""
         self.problems.append(Problem(where, what, remedy or repair_command(self.folder)))
 
-    def add_error(self, path: Path, error: StoreError, consequence: str = "") -> None:
-        """Report what an exception says of the file at ``path``."""
-        cause, remedy = error.__cause__, ""
-        if isinstance(cause, OSError) and cause.errno in _NOT_DAMAGE:
-            denied = cause.errno in _DENIED
+    def add_error(self, path: Path, error: Unusable, consequence: str = "") -> None:
+        """Report what an exception says of the file at ``path``; a repair mends only damage."""
+        remedy = ""
+        if not _is_damage(error):
+            denied = isinstance(error.__cause__, OSError) and error.__cause__.errno in DENIED
             remedy = f"chmod u+r {shlex.quote(str(path))}" if denied else _command(self.folder)
         # The first line says what is wrong with which file, the others what mends it.
         what = str(error).splitlines()[0].removeprefix(str(path)).lstrip(": ")
@@ -137,9 +136,9 @@ def verify_store(
     return Verifier(folder, content=content, on_progress=on_progress).verify()
 
 
-def repair_command(folder: Path) -> str:
-    """The command that mends what can be mended."""
-    return f"{_command(folder)} --repair"
+def _is_damage(error: Unusable) -> bool:
+    """Whether a file is not what it must be, rather than that it cannot be read now and here."""
+    return isinstance(error, CorruptStoreError | StoreFormatError)
 
 
 def _command(folder: Path) -> str:
@@ -213,19 +212,20 @@ class Verifier:
         path = self.folder / file.file
         try:
             self._read(path, file)
-            return deepcopy(self._once(file, lambda: read_samples_file(path, file.n)))
-        except StoreError as error:
+            read = partial(read_samples_file, path, file.n)
+            return deepcopy(self._once(file, lambda: self._try_hdf5(path, file, read)))
+        except (StoreError, ResourceError) as error:
             report.add_error(path, error)
             return None
 
-    def _shards(self, manifest: Manifest) -> tuple[Digests, dict[FileInfo, StoreError]]:
+    def _shards(self, manifest: Manifest) -> tuple[Digests, dict[FileInfo, Unusable]]:
         """The digest of every row of the good shards, by number; what is wrong with the others."""
         digests: Digests = {}
-        damaged: dict[FileInfo, StoreError] = {}
+        damaged: dict[FileInfo, Unusable] = {}
         for shard in manifest.shards:
             try:
                 digests[shard.number] = self._shard(shard, manifest)
-            except StoreError as error:
+            except (StoreError, ResourceError) as error:
                 damaged[shard] = error
         return digests, damaged
 
@@ -233,7 +233,8 @@ class Verifier:
         """(n_rows, 32) digests of the images that the rows were made from.
 
         Raises:
-            StoreError: the shard is missing, damaged or not what it should be.
+            StoreError: the shard is missing, damaged, not what it should be, or not readable here.
+            ResourceError: it cannot be read now.
         """
         path = shard_path(self.folder, shard)
         is_unfolded = shard.number > manifest.folded
@@ -242,8 +243,27 @@ class Verifier:
         else:
             check_size(path, shard)
         if is_unfolded:
-            self._log(shard)
-        return self._once(shard, lambda: self._look_into(path, shard, manifest))
+            self._try_hdf5(path, shard, lambda: self._log(shard))
+        look = partial(self._look_into, path, shard, manifest)
+        return self._once(shard, lambda: self._try_hdf5(path, shard, look))
+
+    def _try_hdf5(self, path: Path, file: FileInfo, read: Callable[[], T]) -> T:
+        """Read a file of known sha256.
+
+        Where HDF5 fails on the bytes that were committed, that is no damage but a matter of this
+        machine, or of the HDF5 on it.
+        """
+        try:
+            return read()
+        except CorruptStoreError as error:
+            if not isinstance(error.__cause__, OSError | RuntimeError | KeyError):
+                raise
+            self._read(path, file)
+            why = str(error).removeprefix(f"{path} ")
+            raise StoreError(
+                f"{path} holds the bytes that were committed, and yet {why}; see whether another "
+                "machine or a newer h5py can read it."
+            ) from error
 
     def _look_into(self, path: Path, shard: FileInfo, manifest: Manifest) -> NDArray[np.uint8]:
         with open_file(path, SHARD_KIND) as file:
@@ -276,21 +296,29 @@ class Verifier:
                 )
             elif self.content and table is not None and _rows_exist(manifest, table):
                 self._compare_view(path, manifest, table)
-        except StoreError as error:
+        except (StoreError, ResourceError) as error:
             if os.path.lexists(path):
                 report.add_error(path, error)
             else:  # perhaps since a moment ago
-                report.notes.append(
-                    f"There is no {VIEW_FILE} for plain HDF5 readers; the next tlpipe extract "
-                    "that comes to its end writes it."
-                )
+                report.notes.append(self._why_no_view(manifest, table))
+
+    def _why_no_view(self, manifest: Manifest, table: SampleTable | None) -> str:
+        none = f"There is no {VIEW_FILE} for plain HDF5 readers"
+        where = shlex.quote(str(self.folder))
+        if table is not None and (why := hindrance(manifest, table)):
+            return (
+                f"{none}: its {why}. To merge small shards:  tlpipe compact {where}  To make one "
+                f"file of any store:  tlpipe pack {where} FILE.h5"
+            )
+        return f"{none}; the next tlpipe extract that comes to its end writes it."
 
     def _compare_view(self, path: Path, manifest: Manifest, table: SampleTable) -> None:
         try:
             with open_regular(path) as file:
                 found = file.read()
         except OSError as error:
-            raise CorruptStoreError(f"{path} cannot be read: {error.strerror}.") from error
+            damage = CorruptStoreError(f"{path} cannot be read: {error.strerror}.")
+            raise not_damage(path, error) or damage from error
         self._was_read(len(found))
         key = (VIEW_FILE, hashlib.sha256(found).digest(), manifest.samples, manifest.shards)
         self._once(key, lambda: compare_view(path, found, manifest, table))
@@ -335,7 +363,7 @@ def find_manifest(folder: Path, report: VerifyReport | None = None) -> Manifest 
         report.notes.append(f"There is no {BACKUP_FILE}; the next commit writes it.")
     elif copy.manifest.key != main.manifest.key:
         report.add(BACKUP_FILE, "belongs to a store of another recipe.")
-    elif _age(copy.manifest) > _age(main.manifest):
+    elif copy.manifest.age > main.manifest.age:
         report.add(MANIFEST_FILE, f"is older than its copy {BACKUP_FILE}: it was put back.")
         return copy.manifest
     elif copy.manifest == main.manifest and copy.data != main.data:
@@ -351,7 +379,7 @@ class _Copy:
 
     data: bytes = b""
     manifest: Manifest | None = None
-    error: StoreError | None = None
+    error: Unusable | None = None
 
 
 def _read_copy(path: Path) -> _Copy:
@@ -361,7 +389,8 @@ def _read_copy(path: Path) -> _Copy:
     except (FileNotFoundError, NotADirectoryError):
         return _Copy()
     except OSError as cause:
-        error = StoreError(f"{path} cannot be read: {cause.strerror}.")
+        error = not_damage(path, cause)
+        error = error or CorruptStoreError(f"{path} cannot be read: {cause.strerror}.")
         error.__cause__ = cause
         return _Copy(error=error)
     try:
@@ -383,6 +412,12 @@ def _replacement(folder: Path, main: _Copy, copy: _Copy, report: VerifyReport) -
         raise main.error
     if main.error is None and copy.error is None and not any(folder.glob(f"{SHARD_FOLDER}/*.h5")):
         read_manifest(folder)  # says that there is no store
+    unread = {MANIFEST_FILE: main.error, BACKUP_FILE: copy.error}
+    if any(error is not None and not _is_damage(error) for error in unread.values()):
+        for name, error in unread.items():
+            if error is not None:
+                report.add_error(folder / name, error)
+        return None
     where = shlex.quote(str(folder))
     report.add(
         MANIFEST_FILE,
@@ -392,11 +427,6 @@ def _replacement(folder: Path, main: _Copy, copy: _Copy, report: VerifyReport) -
         f"mv {where} {shlex.quote(str(folder) + '-damaged')}",
     )
     return None
-
-
-def _age(manifest: Manifest) -> tuple[int, int]:
-    """Grows with every commit of a shard or a samples table."""
-    return manifest.next_shard, 0 if manifest.samples is None else manifest.samples.number
 
 
 def unfolded(manifest: Manifest) -> list[FileInfo]:

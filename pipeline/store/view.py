@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import StoreError
-from pipeline.store.durable import write_durably
+from pipeline.errors import ResourceError, StoreError
+from pipeline.store.durable import remove, write_durably
 from pipeline.store.hdf5 import attribute, build_file, open_file, set_text
 from pipeline.store.key import canonical_json
 from pipeline.store.manifest import LayerInfo, Manifest
@@ -22,27 +23,33 @@ KIND = "tlpipe-view"
 
 # A virtual data set is a list of runs; past this many, HDF5 takes longer to open it than to read.
 MAX_RUNS = 50_000
+# HDF5 keeps every shard open that a virtual data set is read from, and shows NaN, without a word,
+# for those that it cannot open: many systems allow a process no more than 1,024 files.
+MAX_SHARDS = 256
+# Other releases of HDF5 may lay the same file out in other bytes.
+WRITTEN_WITH = f"h5py {h5py.__version__}, HDF5 {h5py.version.hdf5_version}"
 
 
 def write_view(folder: Path, manifest: Manifest, table: SampleTable) -> None:
-    """Write ``features.h5``; it is removed where it would need too many runs to be useful."""
+    """Write ``features.h5``; it is removed where there is a :func:`hindrance`."""
     data = view_bytes(manifest, table)
     if data is None:
-        (folder / VIEW_FILE).unlink(missing_ok=True)
+        remove(folder / VIEW_FILE)
     else:
         write_durably(folder / VIEW_FILE, data)
 
 
 def view_bytes(manifest: Manifest, table: SampleTable) -> memoryview | None:
-    """The file that shows ``table``; None where HDF5 could not read it in reasonable time."""
+    """The file that shows ``table``; None where there is a :func:`hindrance`."""
     ready = table.ready
     runs = _runs(table.shards[ready], table.rows[ready])
-    if len(runs) * len(manifest.layers) > MAX_RUNS:
+    if _hindrance(manifest, runs):
         return None
 
     def fill(file: h5py.File) -> None:
         set_text(file, "key", manifest.key)
         set_text(file, "samples", "" if manifest.samples is None else manifest.samples.sha256)
+        set_text(file, "written_with", WRITTEN_WITH)
         set_text(file, "recipe", canonical_json(manifest.recipe).decode())
         write_columns(file, table)
         features = file.create_group("features", track_order=True)
@@ -52,6 +59,21 @@ def view_bytes(manifest: Manifest, table: SampleTable) -> memoryview | None:
             features.create_virtual_dataset(name, layout, fillvalue=np.nan)
 
     return build_file(KIND, fill)
+
+
+def hindrance(manifest: Manifest, table: SampleTable) -> str:
+    """Why a store has no ``features.h5``; "" where nothing stands in its way."""
+    ready = table.ready
+    return _hindrance(manifest, _runs(table.shards[ready], table.rows[ready]))
+
+
+def _hindrance(manifest: Manifest, runs: Sequence[tuple[int, int, int, int]]) -> str:
+    n_shards = len({shard for _, _, shard, _ in runs})
+    if n_shards > MAX_SHARDS:
+        return f"features lie in {n_shards:,} shards, more than a program may have open at once"
+    if len(runs) * len(manifest.layers) > MAX_RUNS:
+        return f"rows lie scattered over {len(runs):,} places, which HDF5 takes too long to find"
+    return ""
 
 
 def write_columns(file: h5py.File, table: SampleTable) -> None:
@@ -80,15 +102,12 @@ def _without_nul(text: str) -> str:
 
 def view_is_current(folder: Path, manifest: Manifest) -> bool:
     """Whether ``features.h5`` shows the samples table that ``store.json`` names."""
-    path = folder / VIEW_FILE
-    if not path.is_file():  # to open a pipe would be to wait
-        return False
     try:
-        with open_file(path, KIND) as file:
+        with open_file(folder / VIEW_FILE, KIND) as file:
             return manifest.samples is not None and bool(
                 attribute(file, "samples") == manifest.samples.sha256
             )
-    except StoreError:
+    except (StoreError, ResourceError):
         return False
 
 

@@ -13,7 +13,7 @@ from pipeline.errors import CorruptStoreError
 from pipeline.store.hdf5 import FORMAT_VERSION, attribute, open_file
 from pipeline.store.manifest import Manifest
 from pipeline.store.table import SampleTable
-from pipeline.store.view import KIND, view_bytes
+from pipeline.store.view import KIND, WRITTEN_WITH, view_bytes
 
 _Spans = list[tuple[int, int]]
 
@@ -22,23 +22,21 @@ def is_comparable(path: Path, manifest: Manifest) -> bool:
     """Check that ``features.h5`` opens and was made from the manifest's samples table.
 
     Returns:
-        Whether this release would write the very same bytes; not of a file of another release.
+        Whether this release would write the very same bytes; not of a file of another release, or
+        that was written with another HDF5.
 
     Raises:
         CorruptStoreError: it is damaged, or shows another table.
     """
-    if not path.is_file():  # to open a pipe would be to wait
-        raise CorruptStoreError(f"{path} is not a regular file.")
     with open_file(path, KIND) as view:
         version = attribute(view, "format_version")
         shown = attribute(view, "samples")
+        written_with = attribute(view, "written_with")
     if version != FORMAT_VERSION:
         return False
     if manifest.samples is None or shown != manifest.samples.sha256:
         raise CorruptStoreError(f"{path} shows another samples table than the store's.")
-    versions = manifest.provenance.get("versions")
-    written_with = versions.get("h5py") if isinstance(versions, dict) else None
-    return written_with in (None, h5py.__version__)
+    return written_with == WRITTEN_WITH
 
 
 def compare_view(path: Path, found: bytes, manifest: Manifest, table: SampleTable) -> None:
@@ -58,7 +56,7 @@ def compare_view(path: Path, found: bytes, manifest: Manifest, table: SampleTabl
     """
     expected = view_bytes(manifest, table)
     if expected is None:
-        raise CorruptStoreError(f"{path} is there although the rows lie too scattered for it.")
+        raise CorruptStoreError(f"{path} is there although it cannot be relied on.")
     with h5py.File(io.BytesIO(expected)) as wanted:
         layers = wanted["features"]
         # HDF5 writes down, under a checksum, when it made a virtual dataset.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import CorruptStoreError, MismatchError, StoreError
+from pipeline.errors import CorruptStoreError, MismatchError, ResourceError, StoreError
 from pipeline.store.durable import make_folder, remove, write_durably
 from pipeline.store.key import recipe_differences, recipe_key
 from pipeline.store.leftovers import sweep
@@ -170,7 +170,7 @@ class StoreWriter:
         """Going on from an older ``store.json`` would remove what was acknowledged since."""
         try:
             backup = read_manifest(self.folder, BACKUP_FILE)
-        except StoreError:
+        except (ResourceError, StoreError):
             return
         if backup.key == found.key and backup.age > found.age:
             raise CorruptStoreError(

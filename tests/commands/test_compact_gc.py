@@ -6,15 +6,19 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.commands import main
 from pipeline.store import StoreWriter, open_store
+from pipeline.store.key import recipe_key
 from pipeline.store.leftovers import remove_folder
 from pipeline.store.lock import WriterLock
+from pipeline.store.manifest import read_manifest
 from pipeline.store.table import Status
 from tests.store.conftest import LAYERS, RECIPE, entry_of, features_of, table_of
 
@@ -488,3 +492,58 @@ def test_a_run_that_cannot_be_read_is_mentioned(here, tlpipe):
     code, _, err = tlpipe("gc")
     assert code == 0
     assert "it is not known which stores this run uses: runs/x/y/run.json is not valid" in err
+
+
+def test_rows_that_a_limit_hides_are_not_for_compact(here, tlpipe, gc):
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        path = Path("photos", ("iris", "rose")[i % 2], f"{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    extract = ("extract", "photos", "--backbone", "pixels:4")
+    for limit in ((), ("--limit", 1)):
+        assert tlpipe(*extract, *limit)[0] == 0
+
+    (one,) = gc()["kept"]
+
+    assert (one["kind"], one["remedy"]) == ("hidden rows", "")
+    assert one["why"] == "4 of 6 rows are hidden by --limit 1, until an extraction without it"
+    assert tlpipe(*extract)[0] == 0
+    assert gc()["kept"] == []
+
+
+def test_an_unpack_that_was_stopped_is_no_store_and_is_deleted(here, tlpipe, gc):
+    store = make_store()
+    unfinished = store.with_name("other-0123abcd.unpacking")
+    shutil.copytree(store, unfinished)
+
+    code, out, err = tlpipe("ls", "--json")
+
+    assert code == 0
+    assert paths(json.loads(out)["stores"]) == [str(store)]
+    assert f"Warning: {unfinished} is what an unfinished tlpipe unpack left" in err
+    lock = WriterLock(unfinished)
+    lock.acquire()
+    assert gc("--delete")["garbage"] == []
+    lock.release()
+    (one,) = gc("--delete")["garbage"]
+    assert (one["path"], one["kind"]) == (str(unfinished), "half-unpacked")
+    assert (unfinished.exists(), len(open_store(store))) == (False, 3)
+
+
+@pytest.mark.parametrize("odd", ["x", 5, None, [1]])
+def test_ls_and_inspect_show_odd_recipes_or_refuse_them(here, tlpipe, odd):
+    """A store of a stranger may say anything; the others are listed all the same."""
+    good, bad = make_store("photos"), make_store("odd")
+    manifest = read_manifest(bad)
+    recipe = {**manifest.recipe, "preprocess": odd, "pooling": odd}
+    replace(manifest, recipe=recipe, key=recipe_key(recipe)).write(bad)
+
+    code, out, err = tlpipe("ls", "--json")
+
+    listed = paths(json.loads(out)["stores"])
+    assert code == 0
+    assert str(good) in listed
+    assert str(bad) in listed or f"Warning: {bad}" in err
+    code, _, err = tlpipe("inspect", bad)
+    assert code == 0 or (code == 4 and err.startswith(f"Error: {bad}"))

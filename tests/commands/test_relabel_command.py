@@ -216,8 +216,9 @@ def test_a_later_extraction_keeps_what_was_set_until_it_is_reset(store, tlpipe):
     assert (code, out.splitlines()[-1]) == (0, str(store))
     assert "24 found in the store, 1 embedded" in err
     assert (
-        "Note: As set by `tlpipe relabel`: label, group, split from new.csv. To take the data "
-        f"source's again:  tlpipe relabel {store} --reset"
+        "Note: As set by `tlpipe relabel`: label, group, split from new.csv, in part. The data "
+        "source's for 1 new sample. To take the data source's again:  "
+        f"tlpipe relabel {store} --reset"
     ) in err
     opened = open_store(store)
     at = opened.ids().index("rose/new.png")
@@ -249,6 +250,39 @@ def test_an_extraction_between_leaves_the_store_alone(store, tlpipe):
     before = {path: path.stat().st_ino for path in store.glob("*.[hj]*")}
     tlpipe(*EXTRACT)
     assert {path: path.stat().st_ino for path in store.glob("*.[hj]*")} == before
+
+
+def test_a_limit_does_not_drop_what_was_set(store, tlpipe):
+    tlpipe("relabel", store, write_csv([f"{i},x" for i in ids_in(store)]))
+    before = {path: path.read_bytes() for path in store.glob("*.[hj]*")}
+
+    code, out, err = tlpipe(*EXTRACT, "--limit", 4)
+
+    assert (code, out) == (2, "")
+    assert f"16 samples would leave {store}, and what `tlpipe relabel` set" in err
+    assert f"tlpipe relabel {store} --reset" in err
+    assert {path: path.read_bytes() for path in store.glob("*.[hj]*")} == before
+    code, out, _ = tlpipe(*EXTRACT, "--limit", 100)
+    assert (code, set(labels_in(store).values())) == (0, {"x"})
+    tlpipe("relabel", store, "--reset")
+    assert tlpipe(*EXTRACT, "--limit", 4)[0] == 0
+    assert len(ids_in(store)) == 8
+
+
+def test_what_leaves_with_an_image_is_said(store, tlpipe):
+    tlpipe("relabel", store, write_csv([f"{i},x" for i in ids_in(store)]))
+    Path("photos/rose/00.png").rename("aside.png")
+    code, _, err = tlpipe(*EXTRACT)
+    assert code == 0
+    assert "1 sample left the data source, and what was set for them is lost." in err
+    assert "1 sample left the data source and the store's list." in err
+
+    Path("aside.png").rename("photos/rose/00.png")
+    assert "label from new.csv, in part. The data source's for 1 new sample." in tlpipe(*EXTRACT)[2]
+
+    assert "label from new.csv, in part. To take" in tlpipe(*EXTRACT)[2]
+    assert "label from new.csv, in part\n" in tlpipe("inspect", store)[1]
+    assert labels_in(store)["rose/00.png"] == "rose"
 
 
 def test_resetting_what_was_never_set(store, tlpipe):

@@ -274,7 +274,9 @@ def test_the_structure_is_checked_without_torch(store):
 
 def test_the_command_that_goes_on_names_what_was_chosen(store):
     manifest = read_manifest(store)
-    assert extract_command(store, manifest) == (
+    assert extract_command(store, manifest) == "tlpipe extract photos --backbone pixels:4"
+    earlier = replace(manifest, provenance={**manifest.provenance, "asked": None})
+    assert extract_command(store, earlier) == (
         "tlpipe extract photos --backbone pixels:4 --precision fp32"
     )
     elsewhere = store.resolve()
@@ -320,3 +322,17 @@ def test_a_packed_file_is_checked_too(store, tlpipe):
     assert "tlpipe pack" in problem
     code, _, err = tlpipe("verify", "photos.h5", "--repair")
     assert (code, "not repaired" in err) == (2, True)
+
+
+@pytest.mark.parametrize("asked", [("--layers", "all"), ("--layers", "layer1,layer4")])
+def test_the_printed_command_goes_on_with_the_very_store(tmp_path, monkeypatch, tlpipe, asked):
+    """Also where the precision was chosen for the user, as bf16 from some stage on."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(6):
+        write_photo(tmp_path / "photos" / ("rose", "iris")[i % 2] / f"{i:02d}.png", i)
+    out = tlpipe("extract", "photos", "--backbone", "resnet18", "--weights", "random",
+                 "--image-size", "32", "--quiet", *asked)[1]  # fmt: skip
+    store = Path(out.splitlines()[-1])
+    command = shlex.split(extract_command(store, read_manifest(store)))
+    document = json.loads(tlpipe(*command[1:], "--json")[1])
+    assert (document["store"], document["n_cached"]) == (str(store), 6)

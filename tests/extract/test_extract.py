@@ -399,7 +399,10 @@ def test_another_folder_with_the_same_names_sizes_and_times_is_not_mistaken(
 def test_shards_without_a_manifest_are_never_swept(embed, photos):
     report = embed(photos)
     (report.store / "store.json").rename(report.store / "kept.json")
-    with pytest.raises(StoreError, match=r"holds shards but no store\.json"):
+    with pytest.raises(StoreError, match=r"has lost its store\.json"):
+        embed(photos)
+    (report.store / "store.backup.json").unlink()
+    with pytest.raises(StoreError, match=r"store\.json and its copy are lost"):
         embed(photos)
     (report.store / "kept.json").rename(report.store / "store.json")
     assert embed(photos).n_cached == 12

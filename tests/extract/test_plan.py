@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from pipeline.data.samples import DataSource, Sample
 from pipeline.extract.extractor import extract
 from pipeline.extract.plan import make_plan
 from pipeline.store import open_store
+from pipeline.store.manifest import read_manifest
 from pipeline.store.table import LabelColumn, Status
 
 from .conftest import write_image
@@ -295,3 +297,118 @@ def test_relabelled_values_follow_their_samples_when_those_are_reordered():
     table = table_after(reordered, known, ["label"])
 
     assert table.labels["label"].decode().tolist() == ["z", "y", "x"]
+
+
+# Two data sets of one name
+
+
+def hide(photos, name):
+    """The cross-validation fold that lacks one of the images; both folds are there."""
+    fold = shutil.copytree(photos, photos.parent / name / "train")
+    (fold / "cat" / f"{name}.png").unlink()
+    return fold
+
+
+def manifest_of(photos, name, *rows):
+    file = photos.parent / name / "list.csv"
+    file.parent.mkdir()
+    file.write_text("\n".join(["path,label", *(f"{row},x" for row in rows)]))
+    return file
+
+
+@pytest.fixture
+def embed_list(tmp_path, photos, pixels):
+    """Extract a manifest of photos; gives the report and what was said."""
+
+    def run(file):
+        said = []
+        source = open_source(str(file), root=photos, cache_dir=tmp_path / "cache")
+        report = extract(source, pixels, cache_dir=tmp_path / "cache", on_note=said.append)
+        return report, " ".join(said)
+
+    return run
+
+
+def test_folds_that_share_most_of_their_images_have_a_store_each(embed, photos):
+    folds = [hide(photos, "00"), hide(photos, "02")]
+    stores = [embed(fold).store for fold in folds]
+
+    assert stores[0] != stores[1]
+    for fold, store in zip(folds, stores, strict=True):
+        report = embed(fold)
+        assert (report.store, report.n_cached) == (store, 11)
+        assert open_store(store).ids() == [s.id for s in open_source(str(fold)).samples]
+
+
+def test_a_copy_of_which_one_image_is_another_has_a_store_of_its_own(embed, photos):
+    first = embed(photos)
+    data = copy(photos)
+    write_image(data / "cat" / "00.png", seed=70)
+
+    assert embed(data).store != first.store
+    assert embed(photos).n_cached == 12
+
+
+def test_two_manifests_of_one_name_and_root_have_a_store_each(embed_list, photos):
+    one = manifest_of(photos, "m1", "cat/00.png", "cat/02.png")
+    two = manifest_of(photos, "m2", "dog/01.png", "dog/03.png", "dog/05.png")
+    (first, _), (second, _) = embed_list(one), embed_list(two)
+
+    assert first.store != second.store
+    assert embed_list(one)[0].n_cached == 2
+    assert open_store(first.store).ids() == ["cat/00.png", "cat/02.png"]
+    assert open_store(second.store).ids() == ["dog/01.png", "dog/03.png", "dog/05.png"]
+
+
+def test_a_folder_and_a_manifest_of_one_name_and_root_have_a_store_each(embed, embed_list, photos):
+    file = manifest_of(photos, "m1", "cat/00.png").rename(photos.parent / "photos.csv")
+    folder, (listed, _) = embed(photos), embed_list(file)
+
+    assert listed.store != folder.store
+    assert embed(photos).n_cached == 12
+
+
+def test_a_manifest_that_was_edited_keeps_its_store(embed_list, photos):
+    file = manifest_of(photos, "m1", "cat/00.png")
+    first, _ = embed_list(file)
+    file.write_text("path,label\ndog/01.png,y\n")
+
+    report, said = embed_list(file)
+
+    assert (report.store, report.n_embedded, said) == (first.store, 1, "")
+
+
+def test_a_manifest_that_was_moved_keeps_its_store_and_says_so(embed_list, photos):
+    file = manifest_of(photos, "m1", "cat/00.png", "dog/01.png")
+    first, _ = embed_list(file)
+    moved = file.rename(photos.parent / "list.csv")
+
+    report, said = embed_list(moved)
+
+    assert (report.store, report.n_cached) == (first.store, 2)
+    assert f"was made from {file}, which is gone; it is that of {moved} now." in said
+    assert embed_list(moved)[1] == ""
+
+
+def test_a_manifest_s_store_of_an_earlier_release_is_found(embed_list, photos):
+    """It does not say where the manifest itself was."""
+    file = manifest_of(photos, "m1", "cat/00.png", "dog/01.png")
+    first, _ = embed_list(file)
+    manifest = read_manifest(first.store)
+    source = {name: value for name, value in manifest.source.items() if name != "manifest"}
+    replace(manifest, source=source).write(first.store)
+
+    report, said = embed_list(file)
+
+    assert (report.store, report.n_cached, said) == (first.store, 2, "")
+    assert read_manifest(first.store).source["manifest"] == str(file)
+
+
+@pytest.mark.parametrize(("follow", "why"), [(move, "is gone"), (copy, "has the same images")])
+def test_a_store_that_another_folder_takes_over_is_said_to_be(embed, photos, follow, why):
+    first, said = embed(photos), []
+    data = follow(photos)
+
+    assert embed(data, on_note=said.append).store == first.store
+
+    assert said == [f"{first.store} was made from {photos}, which {why}; it is that of {data} now."]

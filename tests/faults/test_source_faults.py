@@ -349,7 +349,7 @@ def test_31_an_image_that_is_there_twice_is_embedded_once(photos):
     ran = extract()
 
     assert (ran.code, ran.document["n_embedded"], ran.document["n_linked"]) == (0, 6, 1)
-    assert "1 of those found are copies: their bytes are embedded already." in ran.err
+    assert "1 of those found were recognised by their bytes." in ran.err
     assert np.array_equal(ran.features["rose/copy.png"], ran.features["iris/0.png"])
     assert dict(zip(ran.store.ids(), ran.store.labels(), strict=True))["rose/copy.png"] == "rose"
 

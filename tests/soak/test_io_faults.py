@@ -87,12 +87,12 @@ class Rig:
         seed: int = 0,
         action: Action = Action.FAIL,
         error_number: int = errno.EIO,
-        on_images: bool = False,
+        prefix: Path | None = None,
     ) -> Fault:
-        """A fault of the store's files, or of the images."""
+        """A fault of the files below ``prefix``; of all that belongs to stores where it is None."""
         return Fault(
             report=self.folder / "report",
-            prefix=self.photos.root if on_images else self.cache,
+            prefix=prefix or self.cache,
             classes=classes,
             nth=nth,
             lasting=lasting,
@@ -193,13 +193,20 @@ def test_some_failing_reads(rig):
     rig.strike_some(5, (3, 4, 5), Calls.READS)
 
 
+def test_a_manifest_that_cannot_be_seen_for_a_moment_still_names_its_shards(rig):
+    """A writer that took the store for a new one would sweep everything in it."""
+    rig.begin_half_done()
+    manifest = rig.cache / rig.reference.place / "store.json"
+    rig.strike_each((3, 4, 5), Calls.STAT, prefix=manifest)
+
+
 @pytest.mark.parametrize("call", [Calls.OPEN, Calls.READ], ids=lambda call: call.name)
 def test_an_image_that_cannot_be_read_is_skipped_until_it_can(rig, call):
-    counting = rig.fault(call, on_images=True)
+    counting = rig.fault(call, prefix=rig.photos.root)
     rig.run(counting)
     # Folders come first when they are listed, then each image in turn.
     nth = counting.struck().n_calls - 2
-    ended, struck = rig.strike(rig.fault(call, nth=nth, on_images=True), (3,))
+    ended, struck = rig.strike(rig.fault(call, nth=nth, prefix=rig.photos.root), (3,))
     sample_id = Path(struck.path).relative_to(rig.photos.root).as_posix()
     assert f"  {sample_id}: cannot be read (Input/output error)" in ended.err
 

@@ -20,6 +20,7 @@ from pipeline.errors import CorruptStoreError, LockedError, ResourceError, Store
 from pipeline.store import StoreWriter, open_store
 from pipeline.store.compact import compact_store, count_unused_rows
 from pipeline.store.manifest import LayerInfo, _checksum, read_manifest
+from pipeline.store.repair import repair_store
 from pipeline.store.shard import read_log
 from pipeline.store.state import apply_log
 from pipeline.store.table import SampleTable, Status
@@ -550,3 +551,22 @@ def test_a_reader_beside_a_writer_that_compacts_all_the_time(folder, contents):
     writing.join()
     assert not failures
     assert n_read > 1
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_failures_are_told_by_a_log_where_no_row_is_left_to_move(tmp_path, full):
+    folder = tmp_path / "store"
+    kept = {f"cat/{i}": f"image {i}" for i in range(4 if full else 0)}
+    if full:
+        update(folder, kept, shard_rows=4)
+    contents = {**kept, "dög/0": "gone", "dög/1": None}
+    update(folder, contents, shard_rows=4)
+    del contents["dög/0"]
+    update(folder, contents, shard_rows=4)
+    compact_store(folder, shard_rows=4)
+    check(folder, contents)
+    assert [shard.n for shard in read_manifest(folder).shards] == ([4, 0] if full else [0])
+    assert compact_store(folder, shard_rows=4).n_rewritten == 0
+    (folder / read_manifest(folder).samples.file).unlink()
+    assert repair_store(folder).after.ok
+    assert open_store(folder).failures == {"dög/1": "empty file (0 bytes)"}

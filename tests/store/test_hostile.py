@@ -17,10 +17,11 @@ import h5py
 import numpy as np
 import pytest
 
-from pipeline.errors import StoreError
+from pipeline.errors import CorruptStoreError, StoreError
 from pipeline.store import open_store
-from pipeline.store.hdf5 import FORMAT_VERSION
+from pipeline.store.hdf5 import FORMAT_VERSION, open_file
 from pipeline.store.manifest import FileInfo, _checksum
+from pipeline.store.state import check_size
 
 from .conftest import entry_of, features_of, make_writer, table_of
 
@@ -115,6 +116,25 @@ def unwritten(group, name):
     group.create_dataset(name, (6, 1, 5), np.float16)
 
 
+def time_of(shape, kind=h5py.h5t.UNIX_D32LE):
+    """A type of HDF5 that numpy does not have."""
+
+    def make(group, name):
+        h5py.h5d.create(group.id, name.encode(), kind, h5py.h5s.create_simple(shape))
+
+    return make
+
+
+def time_mark(name):
+    def change(file):
+        del file.attrs[name]
+        h5py.h5a.create(
+            file.id, name.encode(), h5py.h5t.UNIX_D32LE, h5py.h5s.create(h5py.h5s.SCALAR)
+        )
+
+    return change
+
+
 def mark(name, value):
     return lambda file: file.attrs.__setitem__(name, value)
 
@@ -162,6 +182,10 @@ FORGERIES = {
     "named type": (SHARD, put(TOP, lambda g, n: g.__setitem__(n, np.dtype(np.float16)))),
     "bomb behind a filter": (
         SHARD, put(TOP, absurd((6, 1, 5), np.float16, chunks=(6, 1, 5), compression="gzip"))),
+    "times": (SHARD, put(TOP, time_of((6, 1, 5)))),
+    "sizes that are times": (SAMPLES, put("size", time_of((20,), h5py.h5t.UNIX_D64LE))),
+    "mark that is a time": (SHARD, time_mark("format")),
+    "version that is a time": (SHARD, time_mark("format_version")),
     "missing layer": (SHARD, lambda file: file.__delitem__(TOP)),
     "missing mark": (SHARD, lambda file: file.attrs.__delitem__("format")),
     "mark of another kind": (SHARD, mark("format", "tlpipe-samples")),
@@ -265,6 +289,22 @@ def test_a_pipe_or_a_device_is_not_waited_for(folder, name):
     (folder / name).unlink()
     (folder / name).symlink_to("/dev/zero")
     assert_refused(folder)
+
+
+def test_a_shard_that_is_an_empty_pipe_is_not_waited_for(folder):
+    """Of a size that even a pipe has."""
+    document = json.loads((folder / "store.json").read_bytes())
+    document["shards"][0].update(size_bytes=0, n=0)
+    info = FileInfo(**document["shards"][0])
+    (folder / SHARD).unlink()
+    os.mkfifo(folder / SHARD)
+    with pytest.raises(CorruptStoreError, match="is not a regular file"):
+        check_size(folder / SHARD, info)
+    with (
+        pytest.raises(CorruptStoreError, match="not a regular file"),
+        open_file(folder / SHARD, "tlpipe-shard"),
+    ):
+        pass
 
 
 def test_a_store_json_that_is_too_large_is_not_read(folder):

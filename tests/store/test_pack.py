@@ -4,13 +4,15 @@ import hashlib
 import json
 import tracemalloc
 from dataclasses import fields, replace
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-from pipeline.errors import CorruptStoreError, StoreError, StoreFormatError, UsageError
-from pipeline.store import StoreWriter, open_store, pack, pack_store, reader, unpack_store
+from pipeline.errors import CorruptStoreError, LockedError, StoreError, StoreFormatError, UsageError
+from pipeline.store import StoreWriter, open_store, pack, pack_store, reader, unpack, unpack_store
+from pipeline.store.export import Selection, export_csv
 from pipeline.store.manifest import LayerInfo, _checksum
 from pipeline.store.pack import pack_problems, table_sha256
 from pipeline.store.samples_file import read_table
@@ -509,3 +511,76 @@ def test_the_digest_of_a_table_covers_every_column(rich_folder):
             changed.flat[0] += 1
         seen.add(table_sha256(replace(table, **{column.name: changed})))
     assert len(seen) == 1 + len(fields(SampleTable))
+
+
+# Two processes at once
+
+
+def test_of_two_that_pack_to_one_file_the_slower_overwrites_nothing(
+    packed, rich_folder, tmp_path, monkeypatch
+):
+    """The quicker one is done while the other one writes."""
+    path, seal = tmp_path / "both.h5", pack._seal
+    theirs = tmp_path / "both.h5.tmp"
+    theirs.write_text("of somebody else")
+
+    def seal_late(*arguments):
+        seal(*arguments)
+        monkeypatch.undo()
+        pack_store(open_store(rich_folder), path)
+
+    monkeypatch.setattr(pack, "_seal", seal_late)
+    with pytest.raises(UsageError, match="exists already; nothing was overwritten"):
+        pack_store(open_store(rich_folder), path)
+
+    assert pack_problems(path, content=True) == []
+    assert everything(path) == everything(packed)
+    assert theirs.read_text() == "of somebody else"
+    assert sorted(p.name for p in tmp_path.glob("both*")) == ["both.h5", "both.h5.tmp"]
+
+
+def test_an_export_has_no_name_that_could_be_taken(rich_folder, tmp_path):
+    theirs = tmp_path / "t.csv.tmp"
+    theirs.write_text("of somebody else")
+    export_csv(Selection(open_store(rich_folder)), tmp_path / "t.csv")
+    assert theirs.read_text() == "of somebody else"
+    with pytest.raises(UsageError, match="exists already"):
+        export_csv(Selection(open_store(rich_folder)), tmp_path / "t.csv")
+
+
+def test_a_store_gets_its_name_while_it_is_locked(packed, tmp_path, monkeypatch):
+    folder, rename, locked = tmp_path / "new", Path.rename, []
+
+    def rename_and_try(path, target):
+        try:
+            unpack_store(open_store(packed), folder)
+        except LockedError:
+            locked.append(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_and_try)
+    unpack_store(open_store(packed), folder)
+
+    assert locked == [tmp_path / "new.unpacking"]
+    assert not (folder / "writer.json").exists()
+    with StoreWriter.reopen(folder):
+        pass
+
+
+def test_what_was_unpacked_in_the_meantime_is_not_replaced(packed, tmp_path, monkeypatch):
+    folder, copy_rows = tmp_path / "new", unpack._copy_rows
+
+    def copy_late(*arguments):
+        copy_rows(*arguments)
+        folder.mkdir()
+        (folder / "theirs").touch()
+
+    monkeypatch.setattr(unpack, "_copy_rows", copy_late)
+    with pytest.raises(UsageError, match="new exists already"):
+        unpack_store(open_store(packed), folder)
+    assert [path.name for path in folder.iterdir()] == ["theirs"]
+
+
+def test_a_store_is_not_called_as_one_that_is_unfinished(packed, tmp_path):
+    with pytest.raises(UsageError, match="rename it"):
+        unpack_store(open_store(packed), tmp_path / "new.unpacking")

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from pipeline.errors import (
 )
 from pipeline.store import open_store
 from pipeline.store.durable import replacing
+from pipeline.store.hdf5 import _opened, build_file, not_damage
 from pipeline.store.manifest import LayerInfo, read_manifest
 from pipeline.store.table import LabelColumn, Status
 from pipeline.store.writer import StoreWriter
@@ -552,3 +554,44 @@ def test_two_files_of_one_name_at_once_leave_one_whole(tmp_path):
         write_twice()
     assert path.read_text() == "second"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.h5", "out.h5.tmp"]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "exit_code", "what"),
+    [
+        (errno.EMFILE, ResourceError, 5, "cannot be read now: Too many open files"),
+        (errno.EIO, ResourceError, 5, "cannot be read now: Input/output error"),
+        (errno.ESTALE, ResourceError, 5, "cannot be read now: Stale file handle"),
+        (errno.EACCES, StoreError, 4, "cannot be read: Permission denied"),
+        (errno.ENOENT, CorruptStoreError, 4, "--repair"),
+    ],
+)
+def test_only_what_is_gone_is_damaged(store_folder, monkeypatch, number, kind, exit_code, what):
+    features = open_store(store_folder).features()
+    really_open = os.open
+
+    def refuse(path, *options):
+        if str(path).endswith("000001.h5"):
+            raise OSError(number, os.strerror(number), path)
+        return really_open(path, *options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(kind, match=what) as caught:
+        features[0]
+    assert type(caught.value) is kind
+    assert caught.value.exit_code == exit_code
+    assert ("--repair" in str(caught.value)) == (number == errno.ENOENT)
+
+
+def test_a_disk_that_fails_while_hdf5_reads_is_told_apart_from_damage(tmp_path):
+    class FailingDisk(io.FileIO):
+        def readinto(self, buffer):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), self.name)
+
+    path = tmp_path / "x.h5"
+    path.write_bytes(bytes(build_file("toy", lambda file: None)))
+    with FailingDisk(path) as raw, pytest.raises(OSError, match="Input/output") as caught:
+        _opened(raw, path)
+    told = not_damage(path, caught.value)
+    assert isinstance(told, ResourceError)
+    assert str(told).startswith(f"{path} cannot be read now: Input/output error.")

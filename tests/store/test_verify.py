@@ -1,5 +1,6 @@
 """What ``verify`` finds besides flipped bytes, and what ``repair`` makes of it, also if killed."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 
 from pipeline.errors import LockedError, StoreError, StoreFormatError
-from pipeline.store import open_store
-from pipeline.store.hdf5 import CHUNK_BYTES
+from pipeline.store import open_store, view
+from pipeline.store.compact import compact_store
+from pipeline.store.hdf5 import CHUNK_BYTES, open_file
 from pipeline.store.lock import WriterLock
 from pipeline.store.manifest import BACKUP_FILE, MANIFEST_FILE, LayerInfo, file_info, read_manifest
 from pipeline.store.repair import repair_store
+from pipeline.store.shard import KIND as SHARD_KIND
 from pipeline.store.table import LabelColumn, Status
 from pipeline.store.verify import verify_store
 from pipeline.store.view import VIEW_FILE
@@ -325,14 +328,45 @@ def test_a_view_of_another_table_is_found_and_written_again(store_folder):
     assert problems(store_folder) == {}
 
 
-def test_a_view_that_another_hdf5_wrote_is_not_compared_byte_by_byte(store_folder):
+def test_a_view_that_another_hdf5_wrote_is_not_compared_byte_by_byte(store_folder, monkeypatch):
     flip(store_folder / VIEW_FILE)
     assert problems(store_folder) == {VIEW_FILE: "is not what was written: bytes of it differ."}
-    manifest = read_manifest(store_folder)
-    replace(manifest, provenance={"versions": {"h5py": "3.0.0"}}).write(store_folder)
+    monkeypatch.setattr(view, "WRITTEN_WITH", "h5py 3.0.0, HDF5 1.10.4")
+    (store_folder / VIEW_FILE).unlink()
+    with make_writer(store_folder) as writer:
+        writer.finish()
+    monkeypatch.undo()
+    flip(store_folder / VIEW_FILE)
     report = verify_store(store_folder, content=True)
     assert report.ok
     assert report.notes[0].startswith("features.h5 was written by another release")
+
+
+def test_the_hdf5_that_counts_is_that_of_the_view_and_not_of_the_features(store_folder):
+    manifest = read_manifest(store_folder)
+    replace(manifest, provenance={"versions": {"h5py": "3.0.0"}}).write(store_folder)
+    flip(store_folder / VIEW_FILE)
+    assert problems(store_folder) == {VIEW_FILE: "is not what was written: bytes of it differ."}
+
+
+def test_a_store_of_very_many_shards_has_no_view_until_it_is_compacted(
+    store_folder, ids, monkeypatch
+):
+    monkeypatch.setattr(view, "MAX_SHARDS", 3)
+    (store_folder / VIEW_FILE).unlink()
+    with make_writer(store_folder) as writer:
+        writer.finish()
+    assert not (store_folder / VIEW_FILE).exists()
+    report = verify_store(store_folder, content=True)
+    assert report.ok
+    (note,) = report.notes
+    assert "its features lie in 4 shards, more than a program may have open at once" in note
+    assert f"tlpipe compact {store_folder}" in note
+    compact_store(store_folder)
+    assert verify_store(store_folder, content=True).notes == []
+    with h5py.File(store_folder / VIEW_FILE) as file:
+        assert np.isfinite(file["features/top"][:]).all()
+        assert file["id"].asstr()[:].tolist() == ids
 
 
 def test_a_missing_view_is_written_again(store_folder, ids):
@@ -540,6 +574,76 @@ def test_a_file_that_may_not_be_read_is_not_taken_for_damaged(store_folder, monk
     assert problem.remedy == f"chmod u+r {path}"
     assert path.exists()
     assert not (store_folder / "quarantine").exists()
+
+
+@pytest.mark.parametrize(
+    "number",
+    [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT],
+    ids=errno.errorcode.get,
+)
+@pytest.mark.parametrize("name", ["shards/000002.h5", "samples-000002.h5", VIEW_FILE])
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(store_folder, monkeypatch, name, number):
+    cannot_open(monkeypatch, number, store_folder / name)
+    repaired = repair_store(store_folder)
+    (problem,) = repaired.after.problems
+    assert problem.where == name
+    assert problem.what.startswith(f"cannot be read now: {os.strerror(number)}.")
+    assert problem.remedy == f"tlpipe verify {store_folder}"
+    assert not (store_folder / "quarantine").exists()
+
+
+def test_manifests_that_cannot_be_read_now_are_not_taken_for_damaged(store_folder, monkeypatch):
+    cannot_open(monkeypatch, errno.EMFILE, store_folder / MANIFEST_FILE, store_folder / BACKUP_FILE)
+    report = verify_store(store_folder)
+    assert [problem.where for problem in report.problems] == [MANIFEST_FILE, BACKUP_FILE]
+    assert {problem.remedy for problem in report.problems} == {f"tlpipe verify {store_folder}"}
+
+
+def cannot_open(monkeypatch, number, *paths):
+    """The system refuses to open these files."""
+    really_open = os.open
+
+    def refuse(file, *options):
+        if Path(os.fsdecode(file)) in paths:
+            raise OSError(number, os.strerror(number), os.fspath(file))
+        return really_open(file, *options)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
+def test_a_store_whose_view_is_open_in_h5py_is_read_and_not_damaged(store_folder, ids):
+    with h5py.File(store_folder / VIEW_FILE) as file:
+        shown = file["features/top"]
+        assert shown[:].shape == (20, 1, 5)  # its shards stay open
+        served = np.asarray(open_store(store_folder).features(layers=["top"]))
+        np.testing.assert_array_equal(served, shown[:, 0])
+        repaired = repair_store(store_folder)
+    assert repaired.before.ok
+    assert repaired.done == []
+
+
+def test_a_shard_that_is_open_here_is_shown_by_the_view(store_folder):
+    shard = store_folder / "shards" / "000001.h5"
+    with open_file(shard, SHARD_KIND), h5py.File(store_folder / VIEW_FILE) as file:
+        assert np.isfinite(file["features/top"][:]).all()
+
+
+def test_what_hdf5_cannot_read_of_the_committed_bytes_stays_where_it_is(store_folder):
+    path = store_folder / "shards" / "000002.h5"
+    rewrite_shard(store_folder, lambda file: None)
+    data = b"a newer HDF5" + bytes(path.stat().st_size)
+    path.write_bytes(data)
+    manifest = read_manifest(store_folder)
+    shards = [
+        file_info(shard.file, data, shard.n) if shard.number == 2 else shard
+        for shard in manifest.shards
+    ]
+    replace(manifest, shards=tuple(shards)).write(store_folder)
+    for content in (False, True):
+        found = problems(store_folder, content=content)["shards/000002.h5"]
+        assert found.startswith("holds the bytes that were committed, and yet cannot be read as")
+    assert repair_store(store_folder).done == []
+    assert path.read_bytes() == data
 
 
 def test_repair_waits_for_no_writer(store_folder):
