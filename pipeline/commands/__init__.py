@@ -77,6 +77,13 @@ def cli() -> None:
     """
 
 
+# Errors of files that no code can foresee wherever it looks at one.
+_OF_THE_MACHINE = {
+    errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+    errno.ESTALE, errno.EROFS,
+}  # fmt: skip
+
+
 def main() -> None:
     """Run the command line and leave with its exit code."""
     # OpenMP's threads wait for each other by spinning unless told otherwise before torch is
@@ -109,9 +116,10 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in _OF_THE_MACHINE:
             raise
-        click.echo(f"Error: no room for the output or a temporary file: {error}", err=True)
+        where = error.filename or "the output or a temporary file"
+        click.echo(f"Error: {where}: {error.strerror}.", err=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = ResourceError.exit_code
     sys.exit(code if isinstance(code, int) else 0)

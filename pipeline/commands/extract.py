@@ -222,7 +222,7 @@ def _print(console: Console, report: ExtractReport) -> None:
         console.note(f"{report.n_linked:,} of those found were recognised by their bytes.")
     if report.n_decoded:
         _print_timings(console, report)
-    else:
+    elif not report.failures:
         console.note("Nothing was decoded.")
     if report.n_removed:
         n_removed = counted(report.n_removed, "sample")

@@ -170,9 +170,9 @@ def _examine(folder: Path, rules: Rules) -> list[Found]:
     if folder.name.endswith(UNFINISHED_SUFFIX) and not foreign(folder):
         why = "a tlpipe unpack that was stopped; the same command would go on with it"
         return [_folder_found(folder, "half-unpacked", why, partial(remove_folder, folder))]
-    if not is_store(folder):
-        return _examine_without_manifest(folder)
     try:
+        if not is_store(folder):
+            return _examine_without_manifest(folder)
         store = open_store(folder)
         for shard in store.manifest.shards:
             check_size(shard_path(folder, shard), shard)

@@ -50,9 +50,9 @@ def command(store: Path, out: Path, as_json: bool, quiet: bool) -> int:
     )
     console.note(f"{len(opened):,} samples with their features: {format_bytes(size_bytes)}")
     if n_failed or n_pending:
-        console.note(
-            f"{n_failed:,} skipped and {n_pending:,} not embedded yet are listed without features."
-        )
+        skipped = [f"{n_failed:,} skipped"] if n_failed else []
+        pending = [f"{n_pending:,} not embedded yet"] if n_pending else []
+        console.note(f"Listed without features: {', '.join([*skipped, *pending])}.")
     shown = shlex.quote(str(out))
     console.next_steps([f"tlpipe inspect {shown}", f"tlpipe unpack {shown}"])
     console.result(str(out))

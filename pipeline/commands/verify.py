@@ -67,21 +67,35 @@ def command(store: Path, content: bool, repair: bool, as_json: bool, quiet: bool
     weights = None if manifest is None else weights_at_hand(manifest)
     if weights is not None:
         _show(console, "backbone", [weights.summary, *weights.differences])
+    forgot = repaired is not None and repaired.forgot
     if report.ok:
-        console.result("No problem is left." if repaired else "No problem was found.")
+        mended = repaired is not None and repaired.done
+        console.result("No problem is left." if mended else "No problem was found.")
     for note in report.notes:
         console.note(f"Note: {printable(note)}")
     again = "" if manifest is None else extract_command(store, manifest)
-    forgot = repaired is not None and repaired.forgot
     if forgot:
+        console.note("Labels and splits may be missing until the data is extracted again.")
         again += " --verify content"
     if report.ok and (report.n_pending or forgot):
         console.note("Options that choose images, such as --limit, are not kept: add yours.")
-        console.next_steps([again])
+        console.next_steps([again, *_relabel_again(store, repaired)])
     elif report.ok and report.content:
         console.note(f"To check the images too:  {again} --verify content")
     console.document(_document(report, repaired, weights, again))
     return EXIT_DONE if report.ok else StoreError.exit_code
+
+
+def _relabel_again(store: Path, repaired: RepairReport | None) -> list[str]:
+    """Commands that set again what was lost with the samples table."""
+    if repaired is None or repaired.before.manifest is None or repaired.after.manifest is None:
+        return []
+    kept = repaired.after.manifest.relabelled
+    lost = (file for name, file in repaired.before.manifest.relabelled.items() if name not in kept)
+    return [
+        f"tlpipe relabel {shlex.quote(str(store))} {shlex.quote(printable(file))}"
+        for file in dict.fromkeys(lost)
+    ]
 
 
 def _verify_pack(console: Console, path: Path, *, content: bool, repair: bool) -> int:
@@ -94,6 +108,10 @@ def _verify_pack(console: Console, path: Path, *, content: bool, repair: bool) -
     from pipeline.store.pack import pack_problems
 
     problems = pack_problems(path, content=content)
+    console.result(str(path))
+    _show(
+        console, "checked", ["every byte" if content else "structure; --content reads every byte"]
+    )
     for problem in problems or ["No problem was found."]:
         console.result(problem)
     document = {"path": str(path), "ok": not problems, "content": content, "problems": problems}
@@ -123,6 +141,8 @@ def _print(console: Console, report: VerifyReport, repaired: RepairReport | None
     pending = f", {report.n_pending:,} not embedded" if report.n_pending else ""
     read = format_bytes(report.n_bytes_read)
     samples = f"{report.n_samples:,}: {report.n_ok:,} with features{skipped}{pending}"
+    if report.n_samples == 0 and any(p.where.startswith("samples") for p in report.problems):
+        samples = "unknown: the samples table cannot be read"
     quickly = f"structure and sizes ({read} read); --content reads every byte"
     _show(console, "samples", [samples])
     _show(console, "shards", [f"{report.n_shards:,} with {report.n_rows:,} rows"])

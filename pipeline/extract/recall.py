@@ -70,9 +70,9 @@ def recall(cache_dir: Path, source: DataSource, request: str) -> Manifest | None
         source: the data source; only stores under its name are looked at.
         request: digest of the request.
     """
-    for path in sorted(cache_dir.glob(f"{source.name}*/*/store.json")):
+    for folder in sorted(cache_dir.glob(f"{source.name}*/*/")):
         try:
-            manifest = read_manifest(path.parent)
+            manifest = read_manifest(folder)
         except (ResourceError, StoreError):  # told where it matters: when it is opened
             continue
         told = manifest.provenance

@@ -32,6 +32,7 @@ CHUNK_BYTES = 2_000_000
 # anything else (EMFILE, ENOMEM, EIO, ESTALE, ETIMEDOUT ...) of files that may be intact.
 _DAMAGE = {
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO,
+    errno.ENAMETOOLONG,
 }  # fmt: skip
 DENIED = {errno.EACCES, errno.EPERM}
 

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shlex
+import stat
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -175,11 +176,22 @@ def repair_command(folder: Path) -> str:
 
 
 def is_store(path: Path) -> bool:
-    """Whether ``path`` is a folder with a ``store.json``, or with the copy of one that is lost."""
+    """Whether ``path`` is a folder with a ``store.json``, or with the copy of one that is lost.
+
+    Raises:
+        ResourceError: that cannot be told now. A store taken for none would be written over.
+        StoreError: the folder may not be looked into.
+    """
+    return any(_is_file(path / name) for name in (MANIFEST_FILE, BACKUP_FILE))
+
+
+def _is_file(path: Path) -> bool:
     try:
-        return (path / MANIFEST_FILE).is_file() or (path / BACKUP_FILE).is_file()
-    except OSError:
-        return False
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        if (told := not_damage(path, error)) is not None:
+            raise told from error
+    return False
 
 
 def read_manifest(folder: Path, name: str = MANIFEST_FILE) -> Manifest:
@@ -223,7 +235,7 @@ def parse_manifest(path: Path, data: bytes) -> Manifest:
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CorruptStoreError(f"{path} is not valid JSON: {error}") from error
+        raise CorruptStoreError(f"{path} is damaged: it is not JSON any more.") from error
     if not isinstance(document, dict) or document.get("format") != STORE_FORMAT:
         raise StoreFormatError(f"{path} is not a feature store of tlpipe.")
     check_version(path, document.get("format_version"))

@@ -128,8 +128,8 @@ class StoreWriter:
         self._log: list[LogEntry] = []
         self._row_index: RowIndex | None = None
         self._last_commit = time.monotonic()
-        if is_store(self.folder):
-            found = read_manifest(self.folder)
+        found = read_manifest(self.folder) if is_store(self.folder) else None
+        if found is not None:
             self._check_is_newest(found)
             self.manifest = found
             self._check_recipe(self._new.recipe)
@@ -146,7 +146,7 @@ class StoreWriter:
                 f"  mv {shlex.quote(str(self.folder))} {shlex.quote(str(aside))}"
             )
         self._index = self._index_table()
-        sweep(self.folder, self.manifest if is_store(self.folder) else None)
+        sweep(self.folder, found)
 
     def make_with(self, recipe: dict[str, Any], provenance: dict[str, Any]) -> None:
         """Say what the rows to come are made with, where that was not known before.

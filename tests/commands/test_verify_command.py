@@ -313,7 +313,10 @@ def test_the_command_that_goes_on_finds_a_folder_from_elsewhere(store, tmp_path,
 
 def test_a_packed_file_is_checked_too(store, tlpipe):
     tlpipe("pack", store, "photos.h5")
-    assert tlpipe("verify", "photos.h5", "--content")[:2] == (0, "No problem was found.\n")
+    code, out, _ = tlpipe("verify", "photos.h5", "--content")
+    assert (code, out.splitlines()) == (
+        0, ["photos.h5", "  checked    every byte", "No problem was found."]
+    )  # fmt: skip
     flip(Path("photos.h5"))
     code, out, _ = tlpipe("verify", "photos.h5", "--content", "--json")
     assert code == 4
@@ -336,3 +339,23 @@ def test_the_printed_command_goes_on_with_the_very_store(tmp_path, monkeypatch, 
     command = shlex.split(extract_command(store, read_manifest(store)))
     document = json.loads(tlpipe(*command[1:], "--json")[1])
     assert (document["store"], document["n_cached"]) == (str(store), 6)
+
+
+def test_what_relabel_had_set_is_asked_for_again_when_the_table_is_lost(store, tlpipe):
+    ids = open_store(store).ids()
+    rows = "\n".join(f"{sample_id},s{i % 2}" for i, sample_id in enumerate(ids))
+    Path("my species.csv").write_text(f"path,species\n{rows}\n", encoding="utf-8")
+    assert tlpipe("relabel", store, "my species.csv")[0] == 0
+    next(store.glob("samples-*.h5")).unlink()
+    code, out, _ = tlpipe("verify", store)
+    assert (code, "unknown: the samples table cannot be read" in out) == (4, True)
+    code, out, err = tlpipe("verify", store, "--repair")
+    assert code == 0
+    assert "Labels and splits may be missing until the data is extracted again." in err
+    commands = [shlex.split(line) for line in err.splitlines() if line.startswith("  tlpipe ")]
+    assert [words[1] for words in commands] == ["extract", "relabel"]
+    for words in commands:
+        assert tlpipe(*words[1:])[0] == 0
+    again = open_store(store)
+    assert again.labels("species").tolist() == [f"s{i % 2}" for i in range(len(ids))]
+    assert again.labels("label").tolist() == [i.split("/")[0] for i in ids]
