@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -413,25 +414,29 @@ def test_a_failure_right_after_the_commit_leaves_the_new_store(folder, contents)
     check(folder, contents)
 
 
-@pytest.fixture
-def small_files_only():
-    """A limit to the size of files, which stands for a full disk."""
+@contextmanager
+def small_files_only(n_bytes: int):
+    """A limit to the size of files, which stands for a full disk; within it pytest prints nothing.
+
+    What it prints may go to a file that is longer.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(n_bytes: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("n_bytes", [1_000, 9_000])
-def test_a_full_disk_leaves_the_store_as_it_was(folder, small_files_only, n_bytes):
+def test_a_full_disk_leaves_the_store_as_it_was(folder, n_bytes):
     """No new shard fits, or the shards do, but not the new samples table."""
     before = files(folder)
     assert len(before[read_manifest(folder).samples.file]) > 9_000
-    small_files_only(n_bytes)
-    with pytest.raises(ResourceError, match="No room to write") as caught:
+    with (
+        pytest.raises(ResourceError, match="No room to write") as caught,
+        small_files_only(n_bytes),
+    ):
         compact_store(folder, shard_rows=5)
     assert caught.value.exit_code == 5
     assert files(folder) == before
