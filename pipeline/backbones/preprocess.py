@@ -128,6 +128,16 @@ class Preprocess:
             resize = (size * resize[0] // self.height, size * resize[1] // self.width)
         return replace(self, height=size, width=size, resize=resize)
 
+    @property
+    def least_size(self) -> tuple[int, int]:
+        """Height and width that an image must have so that resizing it never enlarges it.
+
+        Where the shorter side decides, the aspect ratio is kept: both then are at least that long.
+        """
+        if self.resize is None:
+            return self.height, self.width
+        return self.resize if isinstance(self.resize, tuple) else (self.resize, self.resize)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary for the recipe."""
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +20,44 @@ from pipeline.commands.console import (
     printable,
 )
 from pipeline.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SKIPPED
+from pipeline.extract.settings import DECODERS, ENGINES
 
 if TYPE_CHECKING:
+    from pipeline.extract.estimate import Estimate
     from pipeline.extract.extractor import ExtractReport
 
+DEFAULT_BACKBONE = "efficientnet_lite0"
 SHOWN_FAILURES = 20
+
+
+def batch_size_of(context: click.Context, parameter: click.Parameter, value: str) -> int | None:
+    """A positive number of images; None for "auto"."""
+    if value == "auto":
+        return None
+    if not value.isdigit() or int(value) < 1:
+        raise click.BadParameter(f"{value!r} is neither auto nor a number of images.")
+    return int(value)
+
+
+def device_names(text: str) -> tuple[str, ...]:
+    """The devices that a user named: ``0,1`` are GPUs, ``all`` is every GPU there is."""
+    if text.strip() == "all":
+        import torch
+
+        return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) or ("cuda",)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return tuple(f"cuda:{name}" if name.isdigit() else name for name in names) or ("auto",)
 
 
 @click.command()
 @click.argument("data")
 @click.option(
     "--backbone",
-    default="efficientnet_lite0",
+    "backbones",
+    multiple=True,
+    default=[DEFAULT_BACKBONE],
     show_default=True,
-    help="Frozen network; `tlpipe backbones` lists them.",
+    help="Frozen network; `tlpipe backbones` lists them. Name several to decode each image once.",
 )
 @click.option(
     "--weights",
@@ -69,8 +94,44 @@ SHOWN_FAILURES = 20
     show_default=True,
     help="Type that features are stored with.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Images in a batch.")
+@click.option(
+    "--views",
+    "n_views",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Views of each image to store: the plain one, then crops, flips and colours.",
+)
+@click.option(
+    "--decode",
+    type=click.Choice(DECODERS),
+    default="cpu",
+    show_default=True,
+    help="fast: large JPEG files at a fraction of their size; gpu, hybrid: JPEG files on the GPU.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="auto",
+    show_default=True,
+    help="What runs the network; auto takes the fastest that gives the same features.",
+)
+@click.option(
+    "--device",
+    "--devices",
+    "device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, cuda, cuda:N or mps; several as cuda:0,cuda:1 or 0,1; all GPUs with all.",
+)
+@click.option(
+    "--batch-size",
+    callback=batch_size_of,
+    metavar="auto|N",
+    default="auto",
+    show_default=True,
+    help="Images in a batch; auto suits the device, and is halved where memory runs out.",
+)
 @click.option(
     "--threads", "n_threads", type=click.IntRange(min=1), help="Decoding threads; one a core."
 )
@@ -104,16 +165,24 @@ SHOWN_FAILURES = 20
     show_default=True,
     help="Trust a file's size and time, or read every byte.",
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what would be embedded, how fast and into how many bytes; write nothing.",
+)
 @output_options
 def command(
     data: str,
-    backbone: str,
+    backbones: tuple[str, ...],
     weights: str,
     layers: str,
     pooling: str,
     image_size: int | None,
     precision: str,
     storage: str,
+    n_views: int,
+    decode: str,
+    engine: str,
     device: str,
     batch_size: int | None,
     n_threads: int | None,
@@ -123,6 +192,7 @@ def command(
     root: Path | None,
     cache_dir: Path,
     verify: str,
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -139,6 +209,8 @@ def command(
       tlpipe extract photos/ --backbone resnet50 --layers all
       tlpipe extract birds.csv --root images/ --image-size 128
       tlpipe extract fashion-mnist --limit 10000
+      tlpipe extract photos/ --backbone resnet50 --backbone timm:vit_small_patch16_224
+      tlpipe extract photos/ --dry-run
     """
     console = Console(as_json=as_json, quiet=quiet)
     from pipeline.data import open_source
@@ -156,43 +228,127 @@ def command(
     for note in source.notes:
         console.note(f"Note: {note}")
 
-    from pipeline.extract.extractor import Settings, extract
+    from pipeline.extract.extractor import extract_all
     from pipeline.extract.interrupt import graceful_interrupt
     from pipeline.extract.recall import Request
+    from pipeline.extract.settings import Settings
 
-    request = Request(backbone, weights, image_size, seed)
+    requests = [Request(backbone, weights, image_size, seed) for backbone in backbones]
+    devices = device_names(device)
     settings = Settings(
         layers=tuple(name.strip() for name in layers.split(",") if name.strip()),
         pooling=pooling,
         precision=precision,
         storage=storage,
-        device=device,
+        n_views=n_views,
+        decode=decode,
+        engine=engine,
+        device=devices[0],
+        devices=devices if len(devices) > 1 else (),
         batch_size=batch_size,
         n_threads=n_threads,
     )
+    on_note = _noting(console)
+    if dry_run:
+        from pipeline.extract.estimate import estimate
+
+        _print_estimate(
+            console,
+            estimate(
+                source,
+                requests,
+                settings,
+                cache_dir=cache_dir,
+                limit=limit,
+                verify_content=verify == "content",
+                on_note=on_note,
+            ),
+        )
+        return EXIT_DONE
     with (
         Progress(f"Embedding {source.name}", quiet=quiet) as progress,
         graceful_interrupt(console.note) as should_stop,
     ):
-        report = extract(
+        reports = extract_all(
             source,
-            request,
+            requests,
             settings,
             cache_dir=cache_dir,
             limit=limit,
             verify_content=verify == "content",
             on_plan=progress.start,
             on_progress=progress.advance,
-            on_note=lambda text: console.note(f"Note: {printable(text)}"),
+            on_note=on_note,
             should_stop=should_stop,
         )
-    _print(console, report)
-    if report.interrupted:
+    for report in reports:
+        if len(reports) > 1:
+            console.note(f"\n{report.store}")
+        _print(console, report)
+    if any(report.n_decoded for report in reports):
+        _print_timings(console, reports[0])
+    documents = [_document(report) for report in reports]
+    console.document(documents[0] if len(documents) == 1 else {"stores": documents})
+    if any(report.interrupted for report in reports):
         console.note(f"\nInterrupted. Go on with:\n  {_command_line()}")
         return EXIT_INTERRUPTED
-    console.next_steps(_next_steps(report.n_labels, shlex.quote(str(report.store))))
-    console.result(str(report.store))
-    return EXIT_SKIPPED if report.failures else EXIT_DONE
+    console.next_steps(_next_steps(reports[0].n_labels, shlex.quote(str(reports[0].store))))
+    for report in reports:
+        console.result(str(report.store))
+    return EXIT_SKIPPED if any(report.failures for report in reports) else EXIT_DONE
+
+
+def _noting(console: Console) -> Callable[[str], None]:
+    return lambda text: console.note(f"Note: {printable(text)}")
+
+
+def _print_estimate(console: Console, found: Estimate) -> None:
+    """Say what would be done."""
+    for store in found.stores:
+        console.result(str(store.store))
+        console.result(
+            f"  samples    {store.n_samples:,}: {store.n_cached:,} found in the store, "
+            f"{store.n_todo:,} to embed"
+        )
+        if engine := found.engines.get(str(store.store)):
+            console.result(f"  engine     {engine}")
+    room = "" if found.bytes_needed < found.free_bytes else ": TOO LITTLE"
+    console.result(
+        f"disk         {format_bytes(found.bytes_needed)} at most, of "
+        f"{format_bytes(found.free_bytes)} free{room}"
+    )
+    if found.n_tried:
+        console.result(
+            f"speed        {found.images_per_second:,.0f} images/s, measured on {found.n_tried:,}"
+        )
+        console.result(f"time         {format_seconds(found.seconds)}")
+        if found.timings.bottleneck():
+            console.note(found.timings.bottleneck())
+    for sample_id, reason in list(found.failures.items())[:SHOWN_FAILURES]:
+        console.note(f"Would be skipped: {printable(sample_id)}: {reason}")
+    console.document(
+        {
+            "dry_run": True,
+            "stores": [
+                {
+                    "store": str(store.store),
+                    "n_samples": store.n_samples,
+                    "n_cached": store.n_cached,
+                    "n_todo": store.n_todo,
+                    "bytes_needed": store.bytes_needed,
+                    "engine": found.engines.get(str(store.store)),
+                }
+                for store in found.stores
+            ],
+            "bytes_needed": found.bytes_needed,
+            "free_bytes": found.free_bytes,
+            "n_tried": found.n_tried,
+            "images_per_second": round(found.images_per_second, 2),
+            "seconds": round(found.seconds, 1),
+            "failures": found.failures,
+            "bottleneck": found.timings.bottleneck(),
+        }
+    )
 
 
 def _next_steps(n_labels: dict[str, int], store: str) -> list[str]:
@@ -220,9 +376,7 @@ def _print(console: Console, report: ExtractReport) -> None:
         console.note(f"Every file was read: {report.n_linked:,} hold bytes that are known.")
     elif report.n_linked:
         console.note(f"{report.n_linked:,} of those found were recognised by their bytes.")
-    if report.n_decoded:
-        _print_timings(console, report)
-    elif not report.failures:
+    if not report.n_decoded and not report.failures:
         console.note("Nothing was decoded.")
     if report.n_removed:
         n_removed = counted(report.n_removed, "sample")
@@ -237,8 +391,15 @@ def _print(console: Console, report: ExtractReport) -> None:
             console.note(
                 f"  … all of them:  tlpipe inspect {shlex.quote(str(report.store))} --failures"
             )
-    size_bytes = read_manifest(report.store).size_bytes
-    document: dict[str, Any] = {
+    console.note(f"Store: {format_bytes(read_manifest(report.store).size_bytes)}")
+
+
+def _document(report: ExtractReport) -> dict[str, Any]:
+    """What `--json` prints of a store."""
+    from pipeline.store.manifest import read_manifest
+
+    manifest = read_manifest(report.store)
+    return {
         "store": str(report.store),
         "n_samples": report.n_samples,
         "n_cached": report.n_cached,
@@ -251,18 +412,24 @@ def _print(console: Console, report: ExtractReport) -> None:
         "seconds": round(report.seconds, 3),
         "timings": report.timings.to_dict(),
         "bottleneck": report.timings.bottleneck(),
-        "size_bytes": size_bytes,
+        "engine": manifest.provenance.get("engine"),
+        "size_bytes": manifest.size_bytes,
         "interrupted": report.interrupted,
     }
-    console.document(document)
-    console.note(f"Store: {format_bytes(size_bytes)}")
 
 
 def _print_timings(console: Console, report: ExtractReport) -> None:
     """Say where the time went."""
     timings = report.timings
-    stages = ("loading", "waiting", "network", "writing")
-    parts = [f"{stage} {format_seconds(getattr(timings, stage))}" for stage in stages]
+    stages = {
+        "loading": timings.loading,
+        "choosing the engine": timings.choosing,
+        "waiting for images": timings.waiting,
+        "copying": timings.copying,
+        "network": timings.network,
+        "waiting for the disk": timings.stalled,
+    }
+    parts = [f"{name} {format_seconds(time)}" for name, time in stages.items() if time >= 0.05]
     console.note(
         f"Time: {', '.join(parts)}; beside it, in {timings.n_threads} thread(s), reading "
         f"{format_seconds(timings.reading)} and decoding {format_seconds(timings.decoding)}."

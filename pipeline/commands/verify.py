@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.commands.console import Console, format_bytes, output_options, printable
+from pipeline.commands.extract import DEFAULT_BACKBONE
 from pipeline.commands.extract import command as extract
 from pipeline.errors import EXIT_DONE, StoreError, TlpipeError, UsageError
+from pipeline.extract.settings import DECODERS
 
 if TYPE_CHECKING:
     from pipeline.store.manifest import Manifest
@@ -222,7 +224,7 @@ def _recipe_now(manifest: Manifest) -> dict[str, Any]:
     if not origin:
         raise StoreError("the store does not say how its backbone was loaded.")
     from pipeline.backbones import load_backbone
-    from pipeline.data.decode import DECODING
+    from pipeline.extract.recipe import decoding_of
 
     if not _is_here(origin["spec"], origin["weights"]):
         raise StoreError(f"the weights of {manifest.recipe.get('backbone')} are not at hand.")
@@ -231,7 +233,7 @@ def _recipe_now(manifest: Manifest) -> dict[str, Any]:
         "backbone": backbone.name,
         "weights": backbone.weights_digest,
         "preprocess": backbone.preprocess.to_dict(),
-        "decoding": dict(DECODING),
+        "decoding": decoding_of(_asked(manifest)["decode"]),
     }
 
 
@@ -288,12 +290,15 @@ def extract_command(store: Path, manifest: Manifest) -> str:
         "--image-size": origin["image_size"],
         "--precision": asked["precision"],
         "--dtype": recipe.get("storage"),
+        "--views": manifest.n_views,
+        "--decode": asked["decode"],
         "--seed": origin["seed"],
         "--limit": source.get("limit"),
         "--root": root if is_manifest else None,
         "--cache": store.parent.parent if len(store.parts) > 2 else store.resolve().parents[1],
     }
     defaults = {param.opts[0]: param.default for param in extract.params}
+    defaults["--backbone"] = DEFAULT_BACKBONE
     words = ["tlpipe", "extract", data]
     for name, value in options.items():
         if value is not None and str(value) != str(defaults[name]):
@@ -302,13 +307,17 @@ def extract_command(store: Path, manifest: Manifest) -> str:
 
 
 def _asked(manifest: Manifest) -> dict[str, Any]:
-    """The layers and the precision that were asked for: "all" and "auto" are not in a recipe."""
+    """What was asked for, where that is not in a recipe: "all", "auto", how images are decoded."""
     layers = manifest.recipe.get("layers", ["penultimate"])
     precision = str(manifest.recipe.get("precision"))
-    known = {"layers": layers, "precision": precision if precision in PRECISIONS else "auto"}
     asked = manifest.provenance.get("asked")
-    if not isinstance(asked, dict) or asked.get("precision") not in PRECISIONS:
-        return known
-    words = asked.get("layers")
+    told = asked if isinstance(asked, dict) else {}
+    words = told.get("layers")
     is_text = isinstance(words, list) and all(isinstance(word, str) for word in words)
-    return {"layers": words if is_text else layers, "precision": asked["precision"]}
+    precisions = [word for word in (told.get("precision"), precision) if word in PRECISIONS]
+    decode = told.get("decode")
+    return {
+        "layers": words if is_text else layers,
+        "precision": next(iter(precisions), "auto"),
+        "decode": decode if decode in DECODERS else "cpu",
+    }

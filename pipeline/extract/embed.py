@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from numpy.typing import NDArray
 from pipeline.backbones import load_backbone
 from pipeline.errors import MismatchError, WeightsError
 from pipeline.extract.embedder import Embedder
-from pipeline.extract.extractor import Settings
+from pipeline.extract.loader import Demand, load, load_in_order
 from pipeline.extract.precision import resolve_device
+from pipeline.extract.recipe import RECIPE_SCHEMA
+from pipeline.extract.settings import Settings
 
 MAX_BATCH_SIZE = 32
 
@@ -50,9 +53,16 @@ def embedder_for(
         device: where to run.
 
     Raises:
-        MismatchError: weights, preprocessing or decoding differ from the recipe's.
+        MismatchError: weights, preprocessing or decoding differ from the recipe's, or it is of
+            another release.
         TlpipeError: the backbone cannot be loaded.
     """
+    if recipe.get("schema") != RECIPE_SCHEMA:
+        raise MismatchError(
+            f"The head was fitted on features of recipe schema {_short(recipe.get('schema'))} "
+            f"(precision {_short(recipe.get('precision'))}); this release of tlpipe makes features "
+            f"of schema {RECIPE_SCHEMA}.\n  Extract again and fit again:  tlpipe extract DATA"
+        )
     try:
         backbone = load_backbone(**origin)
     except WeightsError as error:
@@ -67,13 +77,15 @@ def embedder_for(
         pooling=str(recipe["pooling"]),
         precision="fp32" if device_type == "cpu" and precision == "fp16" else precision,
         storage=str(recipe["storage"]),
+        decode="fast" if "fast" in recipe["decoding"] else "cpu",
         device=device,
         batch_size=max(1, min(MAX_BATCH_SIZE, n_files)),
     )
     embedder = Embedder(backbone, settings)
     for field, value in embedder.recipe.items():
-        # What a device cannot compute in, it may replace by something more exact.
-        if field != "precision" and value != recipe.get(field):
+        # What a device cannot compute in, it may replace by something more exact. Of several views
+        # the plain one is what a head is used with.
+        if field not in ("precision", "views") and value != recipe.get(field):
             raise MismatchError(
                 f"The head was fitted on features with {field} {_short(recipe.get(field))}, but "
                 f"{backbone.name} now gives {_short(value)}.\n"
@@ -100,12 +112,16 @@ def embed_files(
         failures.update({waiting[k][0]: why for k, why in refused.items()})
         waiting.clear()
 
-    for i, one in enumerate(embedder.load(iter(files), lambda _: False)):
+    load_one = partial(load, demands=[Demand(lambda _: False, embedder.make_input)])
+    stream = load_in_order(files, load_one, embedder.n_threads, 2 * embedder.batch_size)
+    for i, one in enumerate(stream):
         on_progress(1)
-        if one.pixels is None:
+        if one.failure:
             failures[i] = one.failure
             continue
-        waiting.append((i, one.pixels))
+        (views,) = one.pixels
+        assert views is not None
+        waiting.append((i, views[0]))
         if len(waiting) == embedder.batch_size:
             run()
     if waiting:

@@ -8,11 +8,11 @@ precision it rounds once where it would have rounded twice.
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from typing import Any, TypeVar
 
 import torch
-from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -67,7 +67,7 @@ def _conv_then_norm(
     handles = [
         module.register_forward_hook(note)
         for module in quiet
-        if isinstance(module, nn.Conv2d) or type(module) in (nn.BatchNorm2d, BatchNormAct2d)
+        if isinstance(module, nn.Conv2d) or _is_norm(module)
     ]
     try:
         outputs = net(example)
@@ -93,6 +93,17 @@ def _fold(net: nn.Module, conv_name: str, norm_name: str) -> None:
         norm.bias,
     )
     conv.requires_grad_(False)
-    rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+    inner: Any = norm
+    rest = nn.Sequential(inner.drop, inner.act) if _is_norm_and_act(norm) else nn.Identity()
     parent, _, name = norm_name.rpartition(".")
     setattr(net.get_submodule(parent), name, rest.eval())
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module) is nn.BatchNorm2d or _is_norm_and_act(module)
+
+
+def _is_norm_and_act(module: nn.Module) -> bool:
+    """Whether this is timm's BatchNorm with its activation."""
+    layers = sys.modules.get("timm.layers")  # not imported: then the network has none
+    return layers is not None and type(module) is layers.BatchNormAct2d

@@ -4,23 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from stat import S_ISREG
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from pipeline.backbones.preprocess import Preprocess
-from pipeline.data.decode import decode_image
+from pipeline.data.decode import DecodedImage, decode_image
 from pipeline.errors import ImageError
 from pipeline.store.table import NO_DIGEST
+
+if TYPE_CHECKING:
+    from pipeline.extract.gpu_decode import GpuDecoder
+
+Item = TypeVar("Item")
 
 MAX_FILE_BYTES = 1_000_000_000
 _TOO_LARGE = "too large for the memory that is left"
 _BINARY = getattr(os, "O_BINARY", 0)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one backbone wants of an image.
+
+    Attributes:
+        is_known: whether it has the features of a file with this digest; any thread may ask.
+        make: from (3, H, W) uint8 pixels and the digest of the file to (n_views, 3, height, width)
+            uint8.
+        least: height and width that it must have where it may be decoded at a part of its size;
+            see :func:`~pipeline.data.decode.decode_image`.
+    """
+
+    is_known: Callable[[bytes], bool]
+    make: Callable[[torch.Tensor, bytes], torch.Tensor]
+    least: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +55,9 @@ class Loaded:
         digest: sha256 of the bytes, 32 bytes; zeros where they could not be read.
         size_bytes: file size; -1 where it could not be read.
         mtime_ns: modification time in nanoseconds; -1 where it could not be read.
-        pixels: (3, height, width) uint8 as the network wants it; None if known or failed.
+        pixels: for each demand (n_views, 3, height, width) uint8; None if known or failed.
         failure: why it cannot be used; "" if it can.
+        was_decoded: whether it was.
         notes: what was done to make it usable, such as "CMYK converted to RGB".
         reading_seconds: of reading and hashing it.
         decoding_seconds: of decoding and preprocessing it.
@@ -41,15 +66,28 @@ class Loaded:
     digest: bytes = NO_DIGEST
     size_bytes: int = -1
     mtime_ns: int = -1
-    pixels: torch.Tensor | None = None
+    pixels: tuple[torch.Tensor | None, ...] = ()
     failure: str = ""
+    was_decoded: bool = False
     notes: tuple[str, ...] = ()
     reading_seconds: float = 0.0
     decoding_seconds: float = 0.0
 
 
-def load(file: str, preprocess: Preprocess, is_known: Callable[[bytes], bool]) -> Loaded:
-    """Read, hash and, unless the bytes are known, decode and preprocess one image file."""
+# Makes the result of a file from its image, or decodes that itself; and from the seconds so far.
+Finish = Callable[[DecodedImage | None, float], Loaded]
+
+
+def load(
+    file: str, demands: Sequence[Demand | None], gpu: GpuDecoder | None = None
+) -> Loaded | Future[Loaded]:
+    """Read and hash one image file, and decode it once for all who do not know its bytes.
+
+    Args:
+        file: path of the file.
+        demands: what the backbones want; None for one that does not want this file.
+        gpu: may take the decoding upon itself; the result is then still to come.
+    """
     started = time.perf_counter()
     try:
         # Opening a pipe would wait for its other end, for ever.
@@ -71,42 +109,85 @@ def load(file: str, preprocess: Preprocess, is_known: Callable[[bytes], bool]) -
     digest = hashlib.sha256(data).digest()
     read = time.perf_counter()
     one = Loaded(digest, len(data), stat.st_mtime_ns, reading_seconds=read - started)
-    if is_known(digest):
+    wanting = [None if each is None or each.is_known(digest) else each for each in demands]
+    if not any(wanting):
         return one
+    finish = partial(_finish, one, data, wanting)
+    pending = gpu.take(data, finish) if gpu is not None else None
+    return finish(None, 0.0) if pending is None else pending
+
+
+def _finish(
+    one: Loaded,
+    data: bytes,
+    demands: Sequence[Demand | None],
+    image: DecodedImage | None,
+    seconds: float,
+) -> Loaded:
+    """Decode the bytes of a file, unless its image is there, and make what the demands want."""
+    started = time.perf_counter()
     try:
-        image = decode_image(data)
-        one = replace(one, pixels=preprocess(image.pixels), notes=image.notes)
+        leasts = {demand.least for demand in demands if demand is not None}
+        images = {least: image or decode_image(data, least=least) for least in leasts}
+        pixels = [
+            None if demand is None else demand.make(images[demand.least].pixels, one.digest)
+            for demand in demands
+        ]
+        notes = next(iter(images.values())).notes
+        one = replace(one, pixels=tuple(pixels), was_decoded=True, notes=notes)
     except ImageError as error:
         one = replace(one, failure=str(error))
     except MemoryError:
         one = replace(one, failure=_TOO_LARGE)
-    return replace(one, decoding_seconds=time.perf_counter() - read)
+    return replace(one, decoding_seconds=seconds + time.perf_counter() - started)
 
 
 def load_in_order(
-    files: Iterable[str], load_one: Callable[[str], Loaded], n_threads: int, lookahead: int
-) -> Iterator[Loaded]:
-    """Load files in ``n_threads`` threads; results come in the order of ``files``.
+    items: Iterable[Item],
+    load_one: Callable[[Item], Loaded | Future[Loaded]],
+    n_threads: int,
+    lookahead: int,
+) -> Generator[Loaded]:
+    """Load files in ``n_threads`` threads; results come in the order of ``items``.
 
     Args:
-        files: what to load.
-        load_one: loads one file; it must not raise for a bad one.
+        items: what to load.
+        load_one: loads one file, or has it loaded; it must not raise for a bad one.
         n_threads: decoding threads.
         lookahead: how many files may be loaded ahead; bounds the memory.
     """
-    # Decoding threads each use one core: their number is the parallelism, not OpenMP's.
-    n_forward_threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(n_threads, "decode", initializer=torch.set_num_threads, initargs=(1,))
-    waiting: deque[Future[Loaded]] = deque()
+    pool = decoding_threads(n_threads)
+    waiting: deque[Future[Loaded | Future[Loaded]]] = deque()
     try:
-        for file in files:
-            waiting.append(pool.submit(load_one, file))
-            if len(waiting) == n_threads:
-                torch.set_num_threads(n_forward_threads)
-            if len(waiting) > lookahead:
-                yield waiting.popleft().result()
-        torch.set_num_threads(n_forward_threads)
+        for item in items:
+            waiting.append(pool.submit(load_one, item))
+            if len(waiting) > max(lookahead, n_threads):
+                yield _settled(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield _settled(waiting.popleft())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _settled(pending: Future[Loaded | Future[Loaded]]) -> Loaded:
+    """Wait for a file that is being loaded, perhaps in two places one after the other."""
+    one = pending.result()
+    return one.result() if isinstance(one, Future) else one
+
+
+def decoding_threads(n_threads: int, name: str = "decode") -> ThreadPoolExecutor:
+    """Threads that use one core each: their number is the parallelism, not OpenMP's."""
+    n_forward_threads = torch.get_num_threads()
+    ready = threading.Barrier(n_threads + 1)
+
+    def start() -> None:
+        torch.get_num_threads()  # or torch would set its own number later, when a thread first asks
+        torch.set_num_threads(1)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(n_threads, name, initializer=start)
+    for _ in range(n_threads):
+        pool.submit(int)
+    ready.wait()
+    torch.set_num_threads(n_forward_threads)
+    return pool

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
-from pipeline.backbones.features import FeatureNet
-from pipeline.backbones.preprocess import Preprocess
 from pipeline.errors import UsageError
-from pipeline.extract.half import choose_bf16
 
 
 def resolve_device(device: str) -> torch.device:
@@ -40,38 +38,37 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_precision(
-    precision: str,
-    device: torch.device,
-    net: FeatureNet,
-    preprocess: Preprocess,
-    stages: Sequence[str],
-) -> str:
+    precision: str, device: torch.device, net: nn.Module, find: Callable[[], str | None]
+) -> tuple[str, str]:
     """Name the arithmetic: "auto" takes the fastest that the device has and the network bears.
 
     Args:
-        precision: "auto", or what this function returned.
+        precision: "auto", "fp32", "bf16" or "fp16".
         device: where the network will run.
-        net: frozen, float32, on the CPU.
-        preprocess: of its input.
-        stages: of its backbone, in the order in which they run.
+        net: frozen, float32.
+        find: says before which module bf16 must not begin ("" for none), or None where that does
+            not help; see :func:`~pipeline.extract.half.choose_bf16`. Asked only if it matters.
 
     Returns:
-        "fp32", "bf16", "fp16" or "bf16 after STAGE".
+        "fp32", "bf16" or "fp16", and what ``find`` said, where bf16 was chosen.
 
     Raises:
         UsageError: the device does not compute in the precision asked for.
     """
     if precision == "fp16" and device.type == "cpu":
         raise UsageError("CPUs are slow in fp16.\n  Use --precision bf16 or fp32.")
-    if precision != "auto":
-        return precision
-    if next(net.parameters(), None) is None:
-        return "fp32"  # nothing to compute: nothing to gain
-    if device.type == "cuda":
-        return "fp16"  # as fast as bf16 there, and three bits more exact; overflow is caught
-    if device.type == "cpu" and _cpu_has_bf16():
-        return choose_bf16(net, preprocess, stages)
-    return "fp32"
+    if precision == "auto":
+        if next(net.parameters(), None) is None:
+            return "fp32", ""  # nothing to compute: nothing to gain
+        if device.type == "cuda":
+            return "fp16", ""  # as fast as bf16 there, and three bits more exact
+        if device.type == "mps" or not _cpu_has_bf16():
+            return "fp32", ""
+        until = find()
+        return ("fp32", "") if until is None else ("bf16", until)
+    if precision == "bf16":
+        return "bf16", find() or ""  # asked for: where nothing helps, it is done plainly
+    return precision, ""
 
 
 def _cpu_has_bf16() -> bool:

@@ -22,7 +22,7 @@ from pipeline.store.manifest import Manifest, read_manifest
 
 if TYPE_CHECKING:
     from pipeline.data.samples import DataSource
-    from pipeline.extract.extractor import Settings
+    from pipeline.extract.settings import Settings
 
 REQUEST = "request"
 WATCHED = "weights_files"
@@ -50,13 +50,13 @@ class Request:
             "weights": str(file.resolve()) if file.is_file() else "",
             "settings": [
                 settings.layers, settings.pooling, settings.precision, settings.storage,
-                settings.device,
+                settings.n_views, settings.decode, settings.device,
             ],
             "machine": [platform.node(), platform.python_version(), _has_gpu()],
             "versions": [metadata.version(name) for name in _LIBRARIES],
             "environment": [os.environ.get(name) for name in _ENVIRONMENT],
             "code": watched_files(
-                path for folder in _CODE for path in sorted((package / folder).glob("*.py"))
+                path for folder in _CODE for path in sorted((package / folder).rglob("*.py"))
             ),
         }  # fmt: skip
         return hashlib.sha256(canonical_json(told)).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -18,28 +18,34 @@ _SHARE = 0.5
 class Timings:
     """Seconds by stage.
 
-    The first block is one after the other. Reading and decoding run beside it, and are summed over
-    their threads.
+    The first block is one after the other. The second runs beside it; reading and decoding are
+    summed over their threads.
 
     Attributes:
         loading: importing the libraries and loading the network.
         planning: comparing the files with the store.
+        choosing: trying which engine is fastest, and building it.
         waiting: for images that were not decoded yet.
-        network: copying images to the device, the forward pass, copying features back.
-        writing: shards, samples table, view.
+        copying: images to the device, and features back.
+        network: the forward pass.
+        stalled: waiting until features were written.
         reading: files, and hashing them.
         decoding: images, and making them the network's input.
+        writing: shards, samples table, view.
         n_threads: threads that read and decode.
     """
 
     loading: float = 0.0
     planning: float = 0.0
+    choosing: float = 0.0
     waiting: float = 0.0
+    copying: float = 0.0
     network: float = 0.0
-    writing: float = 0.0
+    stalled: float = 0.0
 
     reading: float = 0.0
     decoding: float = 0.0
+    writing: float = 0.0
     n_threads: int = 1
 
     @contextmanager
@@ -50,6 +56,13 @@ class Timings:
             yield
         finally:
             setattr(self, stage, getattr(self, stage) + time.perf_counter() - started)
+
+    def add(self, other: Timings) -> None:
+        """Take in the times of a process beside this one: at once, but for what threads do."""
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            summed = field.name in ("reading", "decoding", "n_threads")
+            setattr(self, field.name, mine + theirs if summed else max(mine, theirs))
 
     def waiting_for(self, items: Iterable[T]) -> Iterator[T]:
         """The same items; the time until each is there is counted as waiting."""
@@ -66,15 +79,20 @@ class Timings:
         """What took most of the time and what would help, in a sentence; "" where nothing does."""
         stages = {
             "loading": "Loading the network took most of the time; more images pay for it.",
+            "choosing": (
+                "Choosing and building the engine took most of the time. It is remembered: the "
+                "next run will not need it."
+            ),
             "waiting": self._slow_input(),
+            "copying": "Copying took most of the time. A larger --batch-size may help.",
             "network": (
                 "The network took most of the time. A GPU, a smaller --image-size or a smaller "
                 "backbone would help."
             ),
-            "writing": "Writing took most of the time. A faster disk for --cache would help.",
+            "stalled": "Writing took most of the time. A faster disk for --cache would help.",
         }
-        total = self.loading + self.planning + self.waiting + self.network + self.writing
         slowest = max(stages, key=lambda stage: float(getattr(self, stage)))
+        total = self.planning + sum(float(getattr(self, stage)) for stage in stages)
         return stages[slowest] if getattr(self, slowest) > _SHARE * total else ""
 
     def _slow_input(self) -> str:
@@ -82,7 +100,7 @@ class Timings:
             return "Reading files took most of the time. A faster disk or a local copy would help."
         return (
             f"The network waited for images, which {self.n_threads} threads read and decode. More "
-            "cores, or smaller images, would help."
+            "cores, smaller images or --decode fast would help."
         )
 
     def to_dict(self) -> dict[str, float]:

@@ -45,6 +45,17 @@ def full_shard_rows(manifest: Manifest, shard_rows: int = SHARD_ROWS) -> int:
     return max(1, min(shard_rows, SHARD_BYTES // max(1, manifest.row_bytes())))
 
 
+def known_rows(folder: Path, manifest: Manifest) -> RowIndex:
+    """Which row of a store belongs to which image bytes.
+
+    Whoever reads a row checks its shard's sha256; a damaged digest matches no image.
+    """
+    return RowIndex(
+        (shard.number, read_digest_array(shard_path(folder, shard), shard))
+        for shard in manifest.shards
+    )
+
+
 class StoreWriter:
     """The one writer of a store; use as a context manager.
 
@@ -214,11 +225,7 @@ class StoreWriter:
 
     def _known_rows(self) -> RowIndex:
         if self._row_index is None:
-            # Whoever reads a row checks its shard's sha256; a damaged digest matches no image.
-            self._row_index = RowIndex(
-                (shard.number, read_digest_array(shard_path(self.folder, shard), shard))
-                for shard in self.manifest.shards
-            )
+            self._row_index = known_rows(self.folder, self.manifest)
         return self._row_index
 
     def add(self, entry: LogEntry, features: Mapping[str, NDArray[np.floating]]) -> None:

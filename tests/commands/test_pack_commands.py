@@ -78,7 +78,7 @@ def test_a_packed_store_is_used_like_the_store(store, tlpipe):
     code, out, err = tlpipe("pack", store, "photos.h5")
     assert (code, out) == (0, "photos.h5\n")
     assert "25 samples with their features" in err
-    assert "1 skipped and 0 not embedded yet" in err
+    assert "Listed without features: 1 skipped." in err
     assert "tlpipe unpack photos.h5" in err
     code, out, _ = tlpipe("inspect", "photos.h5")
     assert code == 0
@@ -102,7 +102,7 @@ def test_unpacked_at_the_same_data_nothing_is_embedded(store, tlpipe):
     code, out, err = tlpipe("extract", "photos", "--backbone", "pixels:4")
     assert (code, out.splitlines()[-1]) == (3, str(store))
     assert "26 samples: 25 found in the store, 0 embedded, 1 skipped" in err
-    assert "Nothing was decoded" in err
+    assert "Time:" not in err, "nothing was decoded"
     assert sorted((store / "shards").iterdir()) == shards
     np.testing.assert_array_equal(np.asarray(open_store(store).features()), expected)
 

@@ -236,7 +236,7 @@ def test_a_moved_folder_is_not_trusted_before_all_of_it_was_read(
     embed, bitmaps, pixels, tmp_path, monkeypatch
 ):
     """An interrupted run has seen four images; the next one must not believe the others' times."""
-    monkeypatch.setattr("pipeline.extract.extractor.GATHERED_SAMPLES", 4)
+    monkeypatch.setattr("pipeline.extract.stream.GATHERED_SAMPLES", 4)
     embed(bitmaps)
     data = move(bitmaps)
     change_unseen(data / "x" / "11.bmp")

@@ -9,7 +9,7 @@ def test_every_stage_of_a_run_is_counted(embed, photos, resnet):
     report = embed(photos, resnet)
     timings = report.timings
     one_after_another = timings.loading + timings.planning + timings.waiting
-    one_after_another += timings.network + timings.writing
+    one_after_another += timings.network + timings.stalled
     assert 0 < one_after_another <= report.seconds
     assert min(timings.network, timings.writing, timings.reading, timings.decoding) > 0
     assert timings.n_threads == 2
@@ -27,8 +27,8 @@ def test_every_stage_of_a_run_is_counted(embed, photos, resnet):
         ),
         (Timings(network=1, waiting=9, reading=20), "A faster disk or a local copy"),
         (Timings(loading=9, network=3), "more images pay for it"),
-        (Timings(writing=9, network=3), "A faster disk for --cache"),
-        (Timings(writing=4, network=4, waiting=3), ""),
+        (Timings(stalled=9, network=3), "A faster disk for --cache"),
+        (Timings(stalled=4, network=4, waiting=3), ""),
         (Timings(), ""),
     ],
 )
