@@ -182,13 +182,13 @@ class Preprocess:
         top, crop_height = _centre(size[0], self.height)
         left, crop_width = _centre(size[1], self.width)
         y, x = pixels.shape[-2] / size[0], pixels.shape[-1] / size[1]
-        image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
         resized = image.resize(
             (crop_width, crop_height),
             _PILLOW_FILTERS[self.interpolation],
             box=(left * x, top * y, (left + crop_width) * x, (top + crop_height) * y),
         )
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).to(pixels.device)
 
 
 def _are_three_numbers(values: object) -> bool:

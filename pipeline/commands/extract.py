@@ -216,7 +216,8 @@ def command(
     from pipeline.data import open_source
     from pipeline.extract.place import check_writable
 
-    check_writable(cache_dir)
+    if not dry_run:
+        check_writable(cache_dir)
     source = open_source(
         data,
         cache_dir=cache_dir,

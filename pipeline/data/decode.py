@@ -172,8 +172,8 @@ def decode_image(
     """
     if not data:
         raise ImageError("empty file (0 bytes)")
-    _prepare_pillow()
-    image = _open(data)
+    prepare_pillow()
+    image = open_image(data)
     if image is None:
         return _decode_without_pillow(data, background)
     _check_size(*image.size)
@@ -181,7 +181,7 @@ def decode_image(
     return fast or _decode_plain(image, data) or _decode_any(image, data, background)
 
 
-def _prepare_pillow() -> None:
+def prepare_pillow() -> None:
     """Undo process-wide settings under which a broken image would pass, or a good one warn.
 
     The older decoders of torchvision warn that they are old. `warnings.catch_warnings` is no way
@@ -192,7 +192,7 @@ def _prepare_pillow() -> None:
         warnings.filterwarnings("ignore", module=_QUIET_MODULES.pattern)
 
 
-def _open(data: bytes) -> ImageFile.ImageFile | None:
+def open_image(data: bytes) -> ImageFile.ImageFile | None:
     """Read the header; None if another decoder than Pillow has to try."""
     is_heic = _container(data) == "HEIC"
     if is_heic and not _register_pillow_heif():
@@ -218,7 +218,7 @@ def _check_size(width: int, height: int) -> None:
         raise ImageError(f"no pixels: {width} × {height}")
 
 
-def _plain_kind(image: ImageFile.ImageFile, data: bytes) -> str:
+def plain_kind(image: ImageFile.ImageFile, data: bytes) -> str:
     """Which of the fast decoders takes this image: "JPEG", "PNG", "WEBP", or "" for none.
 
     The others take still, opaque images of 8-bit grey or RGB.
@@ -244,9 +244,9 @@ def _decode_scaled(
     The inverse cosine transform makes fewer pixels of each block, from its lower frequencies. All
     of the file is still read.
     """
-    if _plain_kind(image, data) != "JPEG":
+    if plain_kind(image, data) != "JPEG":
         return None
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     reduction = _reduction(image.size, least if orientation >= 5 else least[::-1])
     if reduction == 1:
         return None
@@ -273,13 +273,13 @@ def _reduction(size: tuple[int, int], least: tuple[int, int]) -> int:
 
 def _decode_plain(image: ImageFile.ImageFile, data: bytes) -> DecodedImage | None:
     """Decode without Pillow and without its lock; None if that does not work."""
-    kind = _plain_kind(image, data)
+    kind = plain_kind(image, data)
     pixels = codecs.decode(kind, data) if kind in codecs.DECODERS else None
     if pixels is None or tuple(pixels.shape) != (3, image.height, image.width):
         return None
     if kind == "JPEG":
         _refuse_cut_jpeg(image, data, pixels)
-        pixels = _upright(pixels, _orientation(image))
+        pixels = _upright(pixels, orientation_of(image))
     return DecodedImage(pixels)
 
 
@@ -296,7 +296,7 @@ def _decode_any(
         pixels, notes = _to_rgb(image, background)
     if image.format in ("JPEG", "MPO"):
         _refuse_cut_jpeg(image, data, pixels)
-    return DecodedImage(_upright(pixels, _orientation(image)), (*notes, *_frame_notes(image)))
+    return DecodedImage(_upright(pixels, orientation_of(image)), (*notes, *_frame_notes(image)))
 
 
 def _decode_without_pillow(data: bytes, background: tuple[int, int, int]) -> DecodedImage:
@@ -415,7 +415,7 @@ def _as_tensor(rgb: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
-def _orientation(image: ImageFile.ImageFile) -> int:
+def orientation_of(image: ImageFile.ImageFile) -> int:
     """The EXIF orientation, 1…8; 1 if it is missing or broken. TIFF has applied it in load()."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)

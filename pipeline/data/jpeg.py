@@ -41,7 +41,7 @@ def with_longer_scans(data: bytes) -> bytes:
     whole file stay the same, and those of a cut one change.
     """
     pieces, copied = [], 0
-    for marker, _, end in _segments(data):
+    for marker, _, end in segments(data):
         if marker == _START_OF_SCAN:
             pieces += [data[copied:end], _MORE_BITS]
             copied = end
@@ -51,7 +51,7 @@ def with_longer_scans(data: bytes) -> bytes:
 def without_exif(data: bytes) -> bytes:
     """Turn EXIF and XMP into something that decoders skip; nothing else moves or changes."""
     hidden = bytearray(data)
-    for marker, body, end in _segments(data):
+    for marker, body, end in segments(data):
         if marker == _START_OF_SCAN:
             break
         if marker == _APP1:
@@ -62,7 +62,7 @@ def without_exif(data: bytes) -> bytes:
 def _lacks_detail(data: bytes) -> bool:
     """Whether a progressive file has not brought every coefficient to its last bit."""
     missing: set[tuple[int, int]] = set()
-    for marker, body, _ in _segments(data):
+    for marker, body, _ in segments(data):
         if marker in _SEQUENTIAL:
             return False
         if marker in _PROGRESSIVE:
@@ -77,7 +77,7 @@ def _lacks_detail(data: bytes) -> bool:
     return bool(missing)
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
+def segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
     """Marker, body and end of every segment up to the end of the image; a scan has its bits."""
     position = 2
     while position + 4 <= len(data):

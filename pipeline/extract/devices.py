@@ -221,7 +221,7 @@ def _send_all(
 ) -> None:
     jobs = [_job(k, order, settings, connection) for k, order in enumerate(orders)]
     timings = Timings()
-    for unit in embed(files, jobs, timings, stop.is_set):
+    for unit in embed(files, jobs, timings, stop.is_set, decode=settings.decode):
         connection.send(unit)
     connection.send(timings)
 

@@ -82,10 +82,13 @@ def embedder_for(
         batch_size=max(1, min(MAX_BATCH_SIZE, n_files)),
     )
     embedder = Embedder(backbone, settings)
+    # What a device cannot compute in, it may replace by something more exact. Of several views the
+    # plain one is what a head is used with. Which processor decodes makes no difference to it.
+    decoding = {name: value for name, value in recipe["decoding"].items() if name != "gpu"}
+    expected = {**recipe, **{name: embedder.recipe[name] for name in ("precision", "views")}}
+    expected["decoding"] = decoding
     for field, value in embedder.recipe.items():
-        # What a device cannot compute in, it may replace by something more exact. Of several views
-        # the plain one is what a head is used with.
-        if field not in ("precision", "views") and value != recipe.get(field):
+        if value != expected.get(field):
             raise MismatchError(
                 f"The head was fitted on features with {field} {_short(recipe.get(field))}, but "
                 f"{backbone.name} now gives {_short(value)}.\n"

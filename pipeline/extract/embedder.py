@@ -19,6 +19,7 @@ from pipeline.extract.engines.engine import Engine, Work, enough_memory
 from pipeline.extract.engines.memo import Memo, installed_version, work_key
 from pipeline.extract.fold import fold_batchnorm
 from pipeline.extract.forward import FrozenForward, Handle, n_on_the_way
+from pipeline.extract.gpu_decode import check_decoder
 from pipeline.extract.half import choose_bf16
 from pipeline.extract.precision import resolve_device, resolve_precision
 from pipeline.extract.recall import REQUEST, WATCHED, watched_files, weights_files
@@ -56,6 +57,7 @@ class Embedder:
         self._settings = settings
         self.device = resolve_device(settings.device)
         check_installed(settings.engine)
+        check_decoder(settings.decode, self.device)
         self.batch_size = settings.batch_size or default_batch_size(self.device)
         self.n_threads = settings.n_threads or os.cpu_count() or 1
         size = (backbone.preprocess.height, backbone.preprocess.width)
@@ -133,7 +135,7 @@ class Embedder:
         with enough_memory(self.device, self.batch_size):
             choice = choose_engine(
                 self._work,
-                torch.stack(images).permute(0, 2, 3, 1),
+                torch.stack([image.cpu() for image in images]).permute(0, 2, 3, 1),
                 n_images,
                 asked=self._settings.engine,
                 preferred=preferred,

@@ -206,7 +206,13 @@ def _try(
     deadline = started + trial_seconds
     failures: dict[str, str] = {}
     ends: list[tuple[float, float]] = []
-    for unit in embed(files, jobs, timings, lambda: time.perf_counter() > deadline):
+    for unit in embed(
+        files,
+        jobs,
+        timings,
+        lambda: time.perf_counter() > deadline,
+        decode=targets[0].settings.decode,
+    ):
         ends.append((time.perf_counter(), len(unit.files) / len(jobs)))
         for k, one in zip(unit.files, unit.loaded, strict=True):
             if one.failure:

@@ -207,4 +207,4 @@ def _units(
         Job(target.embedder, wanted, target.is_known, partial(target.prepare, on_note=on_note))
         for target, wanted in zip(targets, wants, strict=True)
     ]
-    return embed(files, jobs, timings, should_stop)
+    return embed(files, jobs, timings, should_stop, decode=settings.decode, on_note=on_note)

@@ -172,7 +172,7 @@ class Handle:
         arrays = [np.array(stored.numpy(), copy=slot.is_cuda) for stored in self._stored]
         self._stored = []
         features = dict(zip(self._forward.layers, arrays, strict=True))
-        self._result = self._forward.finite(features, slot.images)
+        self._result = self._forward.finite(features, slot.current())
 
 
 class _Slot:
@@ -189,6 +189,7 @@ class _Slot:
         self.handle: Handle | None = None
         self._device = work.device
         self._n_filled = 0
+        self._there: list[tuple[int, torch.Tensor]] = []
         if self.is_cuda:
             self._on_device = torch.empty_like(self.images, device=work.device)
             self._copying = torch.cuda.Stream(work.device)  # type: ignore[no-untyped-call]
@@ -198,8 +199,10 @@ class _Slot:
     def fill(self, images: list[torch.Tensor]) -> None:
         """Put images in, and black ones behind them."""
         n = len(images)
+        self._there = [(i, image) for i, image in enumerate(images) if image.is_cuda]
         for i, image in enumerate(images):
-            self.images[i] = image.permute(1, 2, 0)
+            if not image.is_cuda:
+                self.images[i] = image.permute(1, 2, 0)
         self.images[n : max(n, self._n_filled)] = 0
         self._n_filled = n
 
@@ -210,8 +213,15 @@ class _Slot:
         # What used these buffers last was waited for, so the copy may overtake the network.
         with torch.cuda.stream(self._copying):
             self._on_device.copy_(self.images, non_blocking=True)
+            for i, image in self._there:
+                self._on_device[i].copy_(image.permute(1, 2, 0))
+                image.record_stream(self._copying)  # or its memory might be used again before
         torch.cuda.current_stream(self._device).wait_stream(self._copying)
         return self._on_device
+
+    def current(self) -> torch.Tensor:
+        """(batch_size, height, width, 3) uint8: the images, wherever all of them are."""
+        return self._on_device if self.is_cuda else self.images
 
     def take(
         self, outputs: tuple[torch.Tensor, ...], n: int, dtype: torch.dtype

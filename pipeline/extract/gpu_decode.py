@@ -27,14 +27,12 @@ from PIL import Image
 
 from pipeline.data import codecs, jpeg
 from pipeline.data.decode import (
-    DECODING,
-    FAST_DECODING,
     DecodedImage,
-    _open,
-    _orientation,
-    _plain_kind,
-    _prepare_pillow,
     decode_image,
+    open_image,
+    orientation_of,
+    plain_kind,
+    prepare_pillow,
 )
 from pipeline.errors import ImageError, UsageError
 from pipeline.extract.loader import Finish, Loaded, decoding_threads
@@ -61,20 +59,6 @@ _OTHER_FRAMES = {0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xC
 _START_OF_SCAN = 0xDA
 _ADOBE = 0xEE
 _SAMPLINGS = {(0x11,), *((luma, 0x11, 0x11) for luma in (0x11, 0x12, 0x21, 0x22))}
-
-
-def decoding_for(decode: str) -> dict[str, object]:
-    """What the recipe says of decoding.
-
-    Args:
-        decode: "cpu", "fast", "gpu" or "hybrid".
-    """
-    if decode == "fast":
-        return dict(FAST_DECODING)
-    if decode == "cpu":
-        return dict(DECODING)
-    which = {"gpu": "plain", "hybrid": "some of the plain"}[decode]
-    return {**DECODING, "gpu": {"version": 1, "method": "nvJPEG", "files": f"{which} JPEG"}}
 
 
 def check_decoder(decode: str, device: torch.device) -> None:
@@ -129,12 +113,12 @@ def plain_jpeg(data: bytes) -> PlainJpeg | None:
     end = _end_of_plain(data)
     if end is None:
         return None
-    _prepare_pillow()
+    prepare_pillow()
     try:
-        image = _open(data)
+        image = open_image(data)
     except ImageError:
         return None
-    if image is None or _plain_kind(image, data) != "JPEG":
+    if image is None or plain_kind(image, data) != "JPEG":
         return None
     width, height = image.size
     is_usual = MIN_PIXELS <= width * height <= MAX_PIXELS
@@ -142,7 +126,7 @@ def plain_jpeg(data: bytes) -> PlainJpeg | None:
         return None
     has_exif = data.find(b"Exif", 0, end) >= 0
     stored = jpeg.without_exif(data[:end]) if has_exif else data[:end]
-    return PlainJpeg(stored, height, width, _orientation(image))
+    return PlainJpeg(stored, height, width, orientation_of(image))
 
 
 def upright(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
@@ -455,7 +439,7 @@ def _end_of_plain(data: bytes) -> int | None:
         return None
     frame = b""
     adobe_transform = 1
-    for marker, body, end in jpeg._segments(data):
+    for marker, body, end in jpeg.segments(data):
         if marker in _OTHER_FRAMES or (marker in _SEQUENTIAL and frame):
             return None
         if marker in _SEQUENTIAL:

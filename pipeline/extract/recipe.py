@@ -52,4 +52,9 @@ def decoding_of(decode: str) -> dict[str, object]:
     Args:
         decode: as in :class:`~pipeline.extract.settings.Settings`.
     """
-    return dict(FAST_DECODING if decode == "fast" else DECODING)
+    if decode == "cpu":
+        return dict(DECODING)
+    if decode == "fast":
+        return dict(FAST_DECODING)
+    which = {"gpu": "plain", "hybrid": "some of the plain"}[decode]
+    return {**DECODING, "gpu": {"version": 1, "method": "nvJPEG", "files": f"{which} JPEG"}}

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import shutil
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.commands import main
 from pipeline.store import StoreWriter, open_store
 from pipeline.store.key import recipe_key
 from pipeline.store.leftovers import remove_folder
@@ -27,20 +25,6 @@ from tests.store.conftest import LAYERS, RECIPE, entry_of, features_of, table_of
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture
-def tlpipe(capsys, monkeypatch):
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["tlpipe", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return run
 
 
 @pytest.fixture

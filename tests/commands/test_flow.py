@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.commands import main
 from pipeline.store import open_store
 
 ROOT = Path(__file__).parents[2]
@@ -37,20 +36,6 @@ def here(tmp_path, monkeypatch):
         write_photo(tmp_path / "photos" / ("rose", "iris")[i % 2] / f"{i:02d}.jpg", i,
                     size=(30 + i, 70 - i))  # fmt: skip
     return tmp_path
-
-
-@pytest.fixture
-def tlpipe(capsys, monkeypatch):
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["tlpipe", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return run
 
 
 def run_process(*words, **options):

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from pipeline.backbones import load_backbone
-from pipeline.commands import main
 from pipeline.data import open_source
 from pipeline.extract.extractor import Settings, extract
 from pipeline.store import SampleTable, Status, StoreWriter, open_store
@@ -25,20 +24,6 @@ from .test_flow import write_photo
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "features-elsewhere.md"
-
-
-@pytest.fixture
-def tlpipe(capsys, monkeypatch):
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["tlpipe", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,25 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.commands import main
 from pipeline.store import open_store
 from pipeline.store.writer import StoreWriter
 
 EXTRACT = ("extract", "photos", "--backbone", "pixels:4")
-
-
-@pytest.fixture
-def tlpipe(capsys, monkeypatch):
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["tlpipe", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return run
 
 
 def write_photo(path: Path, seed: int) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.commands import main
 from pipeline.commands.verify import extract_command, weights_at_hand
 from pipeline.store import open_store
 from pipeline.store.manifest import BACKUP_FILE, MANIFEST_FILE, read_manifest
@@ -19,20 +18,6 @@ from pipeline.store.writer import StoreWriter
 
 ROOT = Path(__file__).parents[2]
 EXTRACT = ("extract", "photos", "--backbone", "pixels:4")
-
-
-@pytest.fixture
-def tlpipe(capsys, monkeypatch):
-    """Run a command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["tlpipe", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return run
 
 
 def write_photo(path: Path, seed: int) -> None:

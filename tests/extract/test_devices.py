@@ -57,7 +57,9 @@ def test_a_process_that_is_killed_is_told_and_what_was_committed_is_kept(embed_a
         for process in multiprocessing.active_children():
             os.kill(process.pid, signal.SIGKILL)
 
-    with pytest.raises(ResourceError, match=r"process of cpu was ended from outside \(exit code -9"):
+    with pytest.raises(
+        ResourceError, match=r"process of cpu was ended from outside \(exit code -9"
+    ):
         embed_all(("cpu", "cpu"), "cache", REQUESTS[1:], on_progress=kill)
     (report,) = embed_all((), "cache", REQUESTS[1:])
     assert report.n_cached + report.n_embedded + report.n_linked == 12

@@ -19,12 +19,12 @@ from pipeline.extract.gpu_decode import (
     SENTINEL,
     GpuDecoder,
     check_decoder,
-    decoding_for,
     open_decoder,
     plain_jpeg,
     upright,
 )
 from pipeline.extract.loader import Demand, load, load_in_order
+from pipeline.extract.recipe import decoding_of
 from pipeline.extract.settings import Settings
 from pipeline.extract.stream import Job, embed
 from pipeline.extract.timings import Timings
@@ -509,8 +509,8 @@ def test_an_older_torchcodec_is_a_usage_error(module, monkeypatch):
 
 
 def test_the_recipe_tells_the_decoders_apart():
-    assert decoding_for("cpu") == DECODING
-    told = [decoding_for(decode) for decode in ("cpu", "fast", "gpu", "hybrid")]
+    assert decoding_of("cpu") == DECODING
+    told = [decoding_of(decode) for decode in ("cpu", "fast", "gpu", "hybrid")]
     assert all(a != b for i, a in enumerate(told) for b in told[:i])
     assert all(DECODING.items() <= each.items() for each in told)
 

@@ -50,7 +50,7 @@ def test_after_a_failure_nothing_more_runs_and_it_is_raised():
     def fail():
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"), Recorder() as recorder:
+    with pytest.raises(OSError, match="disk full"), Recorder() as recorder:  # noqa: PT012
         recorder.put(lambda: done.append(1))
         recorder.put(fail)
         for _ in range(3):
