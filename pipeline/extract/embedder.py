@@ -146,6 +146,11 @@ class Embedder:
         return choice.notes
 
     @property
+    def copying_seconds(self) -> float:
+        """Spent so far on making batches of images and sending them to the device."""
+        return 0.0 if self._chosen is None else self._chosen.copying_seconds
+
+    @property
     def note(self) -> str:
         """What happened on the way that a user should know; "" where nothing did."""
         return "" if self._chosen is None else self._chosen.note

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -45,6 +46,7 @@ class FrozenForward:
 
     Attributes:
         note: what a user should know of how the batches were run; "" for nothing.
+        copying_seconds: spent on making batches of images and sending them to the device.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class FrozenForward:
         self.storage = {"float16": torch.float16, "float32": torch.float32}[storage]
         self.layers = net.layers
         self.note = ""
+        self.copying_seconds = 0.0
         self._work = Work(net, preprocess, device, precision, until, batch_size)
         self._engine: Engine = engine or EagerEngine(self._work)
         self._piece_size = batch_size
@@ -86,8 +89,11 @@ class FrozenForward:
         if slot.handle is not None:
             slot.handle.collect()  # its buffers are about to be used again
         with enough_memory(self._work.device, self._piece_size):
+            started = time.perf_counter()
             slot.fill(images)
-            outputs = self._run(self._engine, slot.on_device())
+            batch = slot.on_device()
+            self.copying_seconds += time.perf_counter() - started
+            outputs = self._run(self._engine, batch)
             stored = slot.take(outputs, len(images), self.storage)
         slot.handle = Handle(self, slot, stored)
         return slot.handle

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -167,13 +167,23 @@ class _Network:
             with self._timings.spent("choosing"):
                 job.begin([views[0] for views in images])
             self._begun.add(k)
-        with self._timings.spent("network"):
+        with self._in_network(job):
             # One forward pass for each view, so that its shape is the same for any number of them.
             n_views = len(images[0]) if images else 0
             pending = [job.embedder.submit([views[v] for views in images]) for v in range(n_views)]
         self._on_the_way.append((k, batch, pending))
         while len(self._on_the_way) > job.embedder.n_on_the_way:
             yield self._next()
+
+    @contextmanager
+    def _in_network(self, job: Job) -> Iterator[None]:
+        """Count the seconds of the block for the network, but for those of copying."""
+        copied = job.embedder.copying_seconds
+        with self._timings.spent("network"):
+            yield
+        copied = job.embedder.copying_seconds - copied
+        self._timings.copying += copied
+        self._timings.network -= copied
 
     def finish(self) -> Iterator[Unit]:
         """What is still on its way."""
@@ -182,7 +192,7 @@ class _Network:
 
     def _next(self) -> Unit:
         k, batch, pending = self._on_the_way.popleft()
-        with self._timings.spent("network"):
+        with self._in_network(self._jobs[k]):
             results = [each.result() for each in pending]
         refused: dict[int, str] = {}
         for _, why in reversed(results):

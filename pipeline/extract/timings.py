@@ -26,7 +26,7 @@ class Timings:
         planning: comparing the files with the store.
         choosing: trying which engine is fastest, and building it.
         waiting: for images that were not decoded yet.
-        copying: images to the device, and features back.
+        copying: images into batches, and to the device.
         network: the forward pass.
         stalled: waiting until features were written.
         reading: files, and hashing them.
