@@ -34,7 +34,7 @@ def batch_size_of(context: click.Context, parameter: click.Parameter, value: str
     """A positive number of images; None for "auto"."""
     if value == "auto":
         return None
-    if not value.isdigit() or int(value) < 1:
+    if not (value.isascii() and value.isdigit()) or int(value) < 1:
         raise click.BadParameter(f"{value!r} is neither auto nor a number of images.")
     return int(value)
 
@@ -168,7 +168,7 @@ def device_names(text: str) -> tuple[str, ...]:
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Say what would be embedded, how fast and into how many bytes; write nothing.",
+    help="Say what would be embedded, how fast and into how many bytes; make no store.",
 )
 @output_options
 def command(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -22,11 +23,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.errors import ResourceError, TlpipeError
+from pipeline.errors import MismatchError, ResourceError, TlpipeError
 from pipeline.extract.recall import Request
 from pipeline.extract.settings import Settings
 from pipeline.extract.stream import Job, Unit, embed
 from pipeline.extract.timings import Timings
+from pipeline.store.key import recipe_differences
 from pipeline.store.manifest import read_manifest
 from pipeline.store.writer import known_rows
 
@@ -39,12 +41,14 @@ class Order:
 
     Attributes:
         request: how to load the backbone.
-        folder: its store, to see which images are known.
+        recipe: of its store, which has to come of that.
+        folder: the store, to see which images are known.
         wants: (n_files,) which of the files it embeds.
         engine: what its rows were made with so far; None where there is none.
     """
 
     request: Request
+    recipe: dict[str, Any]
     folder: Path
     wants: NDArray[np.bool_]
     engine: Provenance | None
@@ -66,6 +70,13 @@ class _Begun:
 
 
 @dataclass(frozen=True)
+class _Note:
+    """Something that the user should know."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class _Failed:
     """An error of which the user is told, or the traceback of one that is a bug."""
 
@@ -80,6 +91,7 @@ def embed_on_devices(
     timings: Timings,
     should_stop: Callable[[], bool],
     on_begin: Callable[[int, Provenance], None],
+    on_note: Callable[[str], None],
 ) -> Iterator[Unit]:
     """The same as :func:`~pipeline.extract.stream.embed`, on ``settings.devices``.
 
@@ -90,21 +102,27 @@ def embed_on_devices(
         timings: of all processes; the largest of each stage, and the sum of what threads do.
         should_stop: asked after each unit; what the devices have in hand is finished.
         on_begin: is told of each job what runs it, before its first unit.
+        on_note: is told, in a sentence each, what is worth knowing.
 
     Raises:
         ResourceError: a process was ended from outside.
         TlpipeError: what went wrong in one of them.
     """
     stop = multiprocessing.get_context("spawn").Event()
-    workers = [_Worker(k, files, orders, settings, stop) for k in range(len(settings.devices))]
+    workers: list[_Worker] = []
     chosen: dict[int, Provenance | None] = {}
+    timings.n_threads = 0
     try:
+        for k in range(len(settings.devices)):
+            workers.append(_Worker(k, files, orders, settings, stop))
         working = list(workers)
         while working:
             for worker in list(working):
                 message = worker.receive()
-                while isinstance(message, _Asks | _Begun):
-                    if isinstance(message, _Asks):
+                while isinstance(message, _Asks | _Begun | _Note):
+                    if isinstance(message, _Note):
+                        on_note(f"{worker.device}: {message.text}")
+                    elif isinstance(message, _Asks):
                         worker.answer(chosen.get(message.job))
                     elif message.job not in chosen:
                         chosen[message.job] = message.provenance.get("engine")
@@ -121,6 +139,19 @@ def embed_on_devices(
         stop.set()
         for worker in workers:
             worker.end()
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal; the first one decides what becomes of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Worker:
@@ -152,14 +183,15 @@ class _Worker:
         self._process: SpawnProcess = multiprocessing.get_context("spawn").Process(
             target=_work, args=arguments, name=f"tlpipe {self.device}", daemon=True
         )
-        self._process.start()
+        with _ignoring_interrupts():  # the new process, too, from its first moment
+            self._process.start()
         theirs.close()
 
-    def receive(self) -> Unit | Timings | _Asks | _Begun:
+    def receive(self) -> Unit | Timings | _Asks | _Begun | _Note:
         """What the process did next; the files of a unit are indices of all files."""
         try:
             message = self._connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # also in the middle of a message
             self._process.join()
             raise ResourceError(
                 f"The process of {self.device} was ended from outside "
@@ -175,7 +207,7 @@ class _Worker:
             raise error
         if isinstance(message, Unit):
             return replace(message, files=self._share[message.files].tolist())
-        assert isinstance(message, Timings | _Asks | _Begun)
+        assert isinstance(message, Timings | _Asks | _Begun | _Note)
         return message
 
     def answer(self, engine: Provenance | None) -> None:
@@ -198,7 +230,8 @@ def _work(
     n_workers: int,
 ) -> None:
     """Embed a share of the files, and send what became of them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process asks to stop
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first process asks to stop
+        signal.signal(number, signal.SIG_IGN)
     with suppress(ConnectionError):  # that process is gone, or has seen enough
         try:
             if settings.device == "cpu":
@@ -219,19 +252,42 @@ def _send_all(
     settings: Settings,
     stop: Event,
 ) -> None:
-    jobs = [_job(k, order, settings, connection) for k, order in enumerate(orders)]
+    def on_note(text: str) -> None:
+        connection.send(_Note(text))
+
+    jobs = [_job(k, order, settings, connection, on_note) for k, order in enumerate(orders)]
     timings = Timings()
-    for unit in embed(files, jobs, timings, stop.is_set, decode=settings.decode):
+    for unit in embed(files, jobs, timings, stop.is_set, decode=settings.decode, on_note=on_note):
         connection.send(unit)
+    for note in dict.fromkeys(job.embedder.note for job in jobs if job.embedder.note):
+        on_note(note)
     connection.send(timings)
 
 
-def _job(k: int, order: Order, settings: Settings, connection: Connection) -> Job:
-    """The job of an order; it asks before its first batch what the others run on."""
+def _job(
+    k: int,
+    order: Order,
+    settings: Settings,
+    connection: Connection,
+    on_note: Callable[[str], None],
+) -> Job:
+    """The job of an order; it asks before its first batch what the others run on.
+
+    Raises:
+        MismatchError: this device would make features of another recipe.
+    """
     from pipeline.backbones import load_backbone
     from pipeline.extract.embedder import Embedder
 
-    embedder = Embedder(load_backbone(**vars(order.request)), settings)
+    as_stored = replace(settings, precision=str(order.recipe["precision"]))
+    embedder = Embedder(load_backbone(**vars(order.request)), as_stored)
+    if embedder.recipe != order.recipe:
+        lines = recipe_differences(order.recipe, embedder.recipe)
+        raise MismatchError(
+            f"{settings.device} would make features of another recipe than {order.folder} holds:\n"
+            + "".join(f"  {line}\n" for line in lines)
+            + "  Nothing of it was stored. Run the same command again."
+        )
     known = known_rows(order.folder, read_manifest(order.folder))
 
     def is_known(digest: bytes) -> bool:
@@ -241,7 +297,8 @@ def _job(k: int, order: Order, settings: Settings, connection: Connection) -> Jo
         connection.send(_Asks(k))
         elsewhere = connection.recv()
         n_passes = int(order.wants.sum()) * settings.n_views
-        embedder.prepare(images, n_passes, order.engine or elsewhere)
+        for note in embedder.prepare(images, n_passes, order.engine or elsewhere):
+            on_note(note)
         connection.send(_Begun(k, embedder.provenance()))
 
     return Job(embedder, order.wants, is_known, begin)

@@ -115,7 +115,9 @@ def embed_files(
         failures.update({waiting[k][0]: why for k, why in refused.items()})
         waiting.clear()
 
-    load_one = partial(load, demands=[Demand(lambda _: False, embedder.make_input)])
+    load_one = partial(
+        load, demands=[Demand(lambda _: False, embedder.make_input, embedder.least_size)]
+    )
     stream = load_in_order(files, load_one, embedder.n_threads, 2 * embedder.batch_size)
     for i, one in enumerate(stream):
         on_progress(1)

@@ -55,6 +55,8 @@ class Embedder:
         self.backbone = backbone
         self._request = request
         self._settings = settings
+        # As the file was when its weights were read: it may be replaced while images are embedded.
+        self._watched = watched_files(weights_files(backbone.file))
         self.device = resolve_device(settings.device)
         check_installed(settings.engine)
         check_decoder(settings.decode, self.device)
@@ -140,9 +142,9 @@ class Embedder:
                 asked=self._settings.engine,
                 preferred=preferred,
             )
-        self._work = choice.work
-        self._engine_figures = choice.figures
-        self._chosen = self._make_forward(choice.engine)
+            self._work = choice.work
+            self._engine_figures = choice.figures
+            self._chosen = self._make_forward(choice.engine)
         return choice.notes
 
     @property
@@ -170,7 +172,7 @@ class Embedder:
         settings = self._settings
         recalled = {
             REQUEST: self._request,
-            WATCHED: watched_files(weights_files(self.backbone.file)),
+            WATCHED: self._watched,
         }
         engine = dict(self._engine_figures)
         if self.note:

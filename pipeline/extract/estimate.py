@@ -1,4 +1,4 @@
-"""What an extraction would do, and how long it would take: nothing is written."""
+"""What an extraction would do, and how long it would take: no store is written."""
 
 from __future__ import annotations
 
@@ -132,16 +132,15 @@ def estimate(
     stores = tuple(_store_plan(*pair) for pair in zip(targets, plans, strict=True))
     todo = np.unique(np.concatenate([plan.todo for plan in plans]))
     existing = next(path for path in (cache_dir, *cache_dir.resolve().parents) if path.exists())
-    trial = _try(source, targets, plans, todo, timings, trial_seconds, on_note)
-    n_tried, rate, failures = trial
-    n_devices = max(1, len((settings or Settings()).devices))
+    n_tried, seconds, failures = _try(source, targets, plans, todo, timings, trial_seconds, on_note)
+    seconds /= max(1, len((settings or Settings()).devices))
     return Estimate(
         stores=stores,
         free_bytes=shutil.disk_usage(existing).free,
         n_files=len(todo),
         n_tried=n_tried,
-        images_per_second=rate * n_devices,
-        seconds=len(todo) / rate / n_devices if rate else 0.0,
+        images_per_second=len(todo) / seconds if seconds else 0.0,
+        seconds=seconds,
         failures=failures,
         engines={
             str(target.folder): str(target.embedder.provenance().get("engine", {}).get("name", ""))
@@ -184,7 +183,7 @@ def _try(
     trial_seconds: float,
     on_note: Callable[[str], None],
 ) -> tuple[int, float, dict[str, str]]:
-    """Embed some files, evenly spread; gives how many, files a second, and what failed."""
+    """Embed some files, evenly spread; gives how many, seconds for all, and what failed."""
     pairs = [pair for pair in zip(targets, plans, strict=True) if len(pair[1].todo)]
     if not pairs:
         return 0, 0.0, {}
@@ -197,28 +196,62 @@ def _try(
     for target, plan in pairs:
 
         def begin(images: list[torch.Tensor], target: Target = target, plan: Plan = plan) -> None:
-            for note in target.embedder.prepare(images, len(plan.todo) * target.settings.n_views):
+            n_passes = len(plan.todo) * target.settings.n_views
+            for note in target.embedder.prepare(images, n_passes):
                 on_note(note)
 
         jobs.append(Job(target.embedder, np.isin(tried, plan.todo), lambda _: False, begin))
     files = [source.samples[i].file for i in tried.tolist()]
-    started = time.perf_counter()
-    deadline = started + trial_seconds
+    clock = _Clock(trial_seconds, timings)
     failures: dict[str, str] = {}
-    ends: list[tuple[float, float]] = []
     for unit in embed(
-        files,
-        jobs,
-        timings,
-        lambda: time.perf_counter() > deadline,
-        decode=targets[0].settings.decode,
+        files, jobs, timings, clock.is_over, decode=targets[0].settings.decode, on_note=on_note
     ):
-        ends.append((time.perf_counter(), len(unit.files) / len(jobs)))
+        clock.note(unit.job, len(unit.files))
         for k, one in zip(unit.files, unit.loaded, strict=True):
             if one.failure:
                 failures[source.samples[tried[k]].id] = one.failure
-    n_done = sum(n for _, n in ends)
-    if len(ends) > len(jobs):  # the first batch also waited for the threads and for the engine
-        (first, n_first), (last, _) = ends[0], ends[-1]
-        return round(n_done), (n_done - n_first) / (last - first), failures
-    return round(n_done), n_done / (ends[-1][0] - started - timings.choosing), failures
+    seconds = sum(clock.seconds_each(k) * len(plan.todo) for k, (_, plan) in enumerate(pairs))
+    return max(clock.n_done.values()), seconds, failures
+
+
+class _Clock:
+    """How long units take, by job.
+
+    Attributes:
+        n_done: files by job.
+    """
+
+    def __init__(self, trial_seconds: float, timings: Timings) -> None:
+        self.n_done: dict[int, int] = {}
+        self._trial_seconds = trial_seconds
+        self._timings = timings
+        self._first: dict[int, float] = {}
+        self._rest: dict[int, tuple[int, float]] = {}
+        self._last = self._started = time.perf_counter()
+        self._choosing = 0.0
+
+    def is_over(self) -> bool:
+        """Whether the trial has lasted long enough; what went before the first unit is not it."""
+        return bool(self.n_done) and time.perf_counter() - self._started > self._trial_seconds
+
+    def note(self, job: int, n_files: int) -> None:
+        """A unit of so many files is there."""
+        now = time.perf_counter()
+        seconds = now - self._last - (self._timings.choosing - self._choosing)
+        self._last, self._choosing = now, self._timings.choosing
+        if not self.n_done:
+            self._started = now
+        self.n_done[job] = self.n_done.get(job, 0) + n_files
+        if job not in self._first:  # this one also waited for threads and for memory
+            self._first[job] = seconds / n_files
+            return
+        n, total = self._rest.get(job, (0, 0.0))
+        self._rest[job] = n + n_files, total + seconds
+
+    def seconds_each(self, job: int) -> float:
+        """Of a file of a job, where others are read and decoded beside it."""
+        if job in self._rest:
+            n, total = self._rest[job]
+            return total / n
+        return self._first.get(job, 0.0)

@@ -202,6 +202,7 @@ def _units(
             timings,
             should_stop,
             lambda k, provenance: targets[k].made_with(provenance),
+            on_note,
         )
     jobs = [
         Job(target.embedder, wanted, target.is_known, partial(target.prepare, on_note=on_note))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from pipeline.data.decode import DecodedImage, decode_image
-from pipeline.errors import ImageError
+from pipeline.errors import ImageError, ResourceError
 from pipeline.store.table import NO_DIGEST
 
 if TYPE_CHECKING:
@@ -186,8 +186,15 @@ def decoding_threads(n_threads: int, name: str = "decode") -> ThreadPoolExecutor
         ready.wait()
 
     pool = ThreadPoolExecutor(n_threads, name, initializer=start)
-    for _ in range(n_threads):
-        pool.submit(int)
+    try:
+        for _ in range(n_threads):
+            pool.submit(int)
+    except RuntimeError as error:  # those that are there would wait for the others for ever
+        ready.abort()
+        pool.shutdown(wait=False)
+        raise ResourceError(
+            f"{n_threads} threads cannot be started ({error}).\n  Use fewer --threads."
+        ) from error
     ready.wait()
     torch.set_num_threads(n_forward_threads)
     return pool

@@ -24,7 +24,7 @@ from pipeline.extract.place import (
     store_folder,
 )
 from pipeline.extract.plan import Plan, make_plan
-from pipeline.extract.recall import Request, recall
+from pipeline.extract.recall import REQUEST, WATCHED, Request, recall
 from pipeline.extract.settings import Settings
 from pipeline.extract.timings import Timings
 from pipeline.store.manifest import Manifest, is_store, read_manifest
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from pipeline.extract.devices import Order
     from pipeline.extract.embedder import Embedder
     from pipeline.extract.stream import Unit
+
+# Of the provenance: what a run asked for, which is true even if it finds nothing to do.
+_ASKED = (REQUEST, WATCHED, "asked", "backbone")
 
 # Of a relabelled column: samples that came later have the data source's values.
 _IN_PART = ", in part"
@@ -121,6 +124,8 @@ class Target:
         self._timings = timings
         self._request = backbone.digest(settings) if isinstance(backbone, Request) else ""
         self._embedder: Embedder | None = None
+        self._news: dict[str, Any] | None = None
+        self._was_interrupted = False
         known = recall(cache_dir, source, self._request) if self._request and trust else None
         if known is None:
             check_source_writable(cache_dir, source)
@@ -146,10 +151,10 @@ class Target:
 
     def open(self, on_note: Callable[[str], None]) -> StoreWriter:
         """The store's writer, not yet entered; says what is kept beside a new store."""
-        engine = {}
+        told = {} if self._embedder is None else self._embedder.provenance()
         if is_store(self.folder):  # what made the rows that are there stays true of them
-            told = read_manifest(self.folder).provenance
-            engine = {name: told[name] for name in told if name == "engine"}
+            found = read_manifest(self.folder).provenance
+            told = {**found, **{name: told[name] for name in _ASKED if name in told}}
         else:
             kept, differences = kept_beside(self.folder, self.source, self.recipe)
             if differences:
@@ -162,7 +167,7 @@ class Target:
             self.layers,
             self._described,
             n_views=self.settings.n_views,
-            provenance=None if self._embedder is None else self._embedder.provenance() | engine,
+            provenance=told,
         )
         return self.writer
 
@@ -204,6 +209,8 @@ class Target:
         Raises:
             UsageError: samples of a relabelled store would be dropped for a limit only.
         """
+        known = self.writer.table
+        self._was_interrupted = known is not None and known.count(Status.PENDING) > 0
         with self._timings.spent("planning"):
             self.plan = self.compare(
                 self.writer.table, self.writer.manifest, verify_content=verify_content
@@ -221,8 +228,20 @@ class Target:
         self.made_with(self.embedder.provenance())
 
     def made_with(self, provenance: Mapping[str, Any]) -> None:
-        """Note what the rows to come are made with."""
-        self.writer.make_with(self.recipe, {**self.embedder.provenance(), **provenance})
+        """Note what the rows to come are made with, before the next of them is written."""
+        self._news = {**self.embedder.provenance(), **provenance}
+
+    def _tell_news(self) -> None:
+        """Only the thread that writes may change what the store says."""
+        news, self._news = self._news, None
+        if news is None:
+            return
+        before = self.writer.manifest.provenance
+        engines = [*before.get("engines", [])] if isinstance(before.get("engines"), list) else []
+        engines += [one for one in (before.get("engine"),) if one and one not in engines]
+        if engines and _names(engines[-1]) == _names(news.get("engine")):
+            engines.pop()
+        self.writer.make_with(self.recipe, {**news, **({"engines": engines} if engines else {})})
 
     def order(self, wants: NDArray[np.bool_]) -> Order:
         """What other processes have to do for this target.
@@ -239,12 +258,20 @@ class Target:
             raise UsageError(
                 "Several devices need to know how to load the backbone: give a Request."
             )
-        return Order(self._loader, self.folder, wants, self._engine_so_far)
+        return Order(self._loader, self.recipe, self.folder, wants, self._engine_so_far)
 
     @property
     def _engine_so_far(self) -> Mapping[str, Any] | None:
+        """What the rows that are there were made with, if those to come have to be, too.
+
+        What was interrupted ends up as if it had not been. A store that was whole may go on with a
+        faster engine than the one that was fast enough for a few images.
+        """
         manifest = self.writer.manifest
-        return manifest.provenance.get("engine") if manifest.shards else None
+        engine = manifest.provenance.get("engine") if manifest.shards else None
+        if not isinstance(engine, dict):
+            return None
+        return engine if self._was_interrupted or engine.get("name") != "eager" else None
 
     def is_known(self, digest: bytes) -> bool:
         """Whether the store has the features of these bytes; any thread may ask."""
@@ -257,6 +284,7 @@ class Target:
             unit: of this target.
             indices: which samples of the data its files are.
         """
+        self._tell_news()
         position = {digest: i for i, digest in enumerate(unit.digests)}
         report = self.report
         for index, one in zip(indices, unit.loaded, strict=True):
@@ -287,6 +315,7 @@ class Target:
         if self._embedder is not None and self._embedder.note:
             on_note(self._embedder.note)
             self.made_with({})
+            self._tell_news()
         self.writer.finish()
         table = self.writer.table
         assert table is not None
@@ -361,3 +390,9 @@ def _relabelled_text(folder: Path, marks: Mapping[str, str], plan: Plan) -> str:
     return (
         f"{text}To take the data source's again:  tlpipe relabel {shlex.quote(str(folder))} --reset"
     )
+
+
+def _names(engine: Any) -> Any:
+    """Of an engine's figures, what says that it is the same."""
+    names = ("name", "version", "precision", "float32_until")
+    return {name: engine.get(name) for name in names} if isinstance(engine, dict) else engine

@@ -26,7 +26,15 @@ from pipeline.extract.settings import Settings
 from pipeline.store import open_store
 
 CPU = torch.device("cpu")
-KNOWN = {"images_per_second", "parity", "tried", "name", "version", "float32_until"}
+KNOWN = {
+    "images_per_second",
+    "parity",
+    "tried",
+    "name",
+    "version",
+    "precision",
+    "float32_until",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -245,6 +253,44 @@ def test_cpu_engines_refuse_a_gpu(work):
     for name in ("openvino", "onnxruntime"):
         with pytest.raises(EngineError, match="on CPUs only, not on cuda"):
             OFFERS[name].make(replace(work, device=torch.device("cuda")))
+
+
+def test_what_had_to_be_float32_goes_on_in_float32(lite0):
+    work = work_for(lite0, precision="bf16", batch_size=8)
+    images = photographs(work)
+    before = {"name": "eager", "version": torch.__version__, "precision": "fp32",
+              "float32_until": ""}  # fmt: skip
+    choice = choose_engine(work, images, n_images=8, preferred=before)
+    assert (choice.work.precision, choice.figures["precision"]) == ("fp32", "fp32")
+    for found, expected in zip(choice.engine(images), exact(work, images), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_another_version_of_what_was_before_is_checked_again(work):
+    wrong = lambda outputs: tuple(-output for output in outputs)  # noqa: E731
+    given = offers(lambda work: Fake(work, wrong))
+    before = {"name": "fake", "version": "0", "parity": 0.99999, "float32_until": ""}
+    choice = choose_engine(work, photographs(work), 1, preferred=before, offers=given)
+    assert choice.engine.name == "eager"
+    assert "fake" in choice.notes[0]
+    with pytest.raises(EngineError, match=r"cosine of -1\.0000"):
+        choose_engine(work, photographs(work), 1, asked="fake", preferred=before, offers=given)
+
+
+@pytest.mark.parametrize(
+    "engine", [{"name": 3}, {"name": "eager", "float32_until": ["x"]}, {"precision": 7}]
+)
+def test_nonsense_of_a_stranger_about_engines_does_no_harm(work, engine):
+    choice = choose_engine(work, photographs(work), 1, preferred=engine)
+    assert choice.engine.name == "eager"
+
+
+def test_half_precision_is_checked_with_fewer_images_where_memory_is_short(lite0):
+    work = work_for(lite0, precision="bf16", batch_size=8)
+    given = {"eager": Offer(lambda work: Fake(work, most=3))}
+    choice = choose_engine(work, photographs(work), 10**6, offers=given)
+    assert choice.engine.name == "fake"
+    assert choice.figures["parity"] is None or choice.figures["parity"] >= 0.999
 
 
 # In a store

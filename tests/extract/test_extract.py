@@ -577,3 +577,26 @@ def test_an_interrupted_run_leaves_a_finished_store(embed, photos):
     with h5py.File(report.store / "features.h5") as file:
         assert file["id"].asstr()[:].tolist() == store.ids() == list(features_by_id(report))
         assert len(store) == 4
+
+
+def test_a_head_is_used_with_images_decoded_as_its_store_was(embed, tmp_path):
+    from pipeline.extract.embed import embed_files, embedder_for
+
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "large"
+    folder.mkdir()
+    for i in range(2):
+        noise = rng.integers(0, 256, (300, 400, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.jpg", quality=90)
+    backbone = load_backbone("pixels:16")
+    stores = [
+        open_store(embed(folder, backbone, Settings(batch_size=4, decode=decode)).store)
+        for decode in ("cpu", "fast")
+    ]
+    assert not np.array_equal(*(np.asarray(store.features()) for store in stores))
+    for store in stores:
+        recipe, origin = store.recipe, store.manifest.provenance["backbone"]
+        embedder = embedder_for(recipe, origin, n_files=2, device="cpu")
+        files = [str(folder / sample_id) for sample_id in store.ids()]
+        found = embed_files(embedder, files).layers["penultimate"]
+        np.testing.assert_array_equal(found, np.asarray(store.features()))

@@ -15,6 +15,8 @@ from pipeline.backbones import load_backbone
 from pipeline.data import open_source
 from pipeline.extract.extractor import Settings, extract
 from pipeline.extract.recall import Request, recall
+from pipeline.extract.target import Target
+from pipeline.extract.timings import Timings
 from pipeline.store import open_store
 
 from .conftest import write_image
@@ -120,3 +122,47 @@ def test_an_unchanged_rerun_imports_no_torch(tmp_path, photos):
     assert (first["n_embedded"], second["n_cached"]) == (12, 12)
     assert "torch" in runs[0].stderr.splitlines()[-1]
     assert runs[1].stderr.splitlines()[-1] == "[]"
+
+
+def test_a_weights_file_that_is_replaced_while_images_are_embedded_is_not_taken_for_the_old_one(
+    tmp_path, photos, request_of, weights
+):
+    other = load_backbone("resnet18", weights="random", seed=1).module.state_dict()
+    report = extract(
+        open_source(str(photos)),
+        request_of,
+        SETTINGS,
+        cache_dir=tmp_path / "cache",
+        on_plan=lambda *_: save_file(other, weights),
+    )
+    again = run(tmp_path, photos, request_of)
+    assert again.store != report.store
+    assert again.n_embedded == 12
+
+
+def test_a_rerun_that_embeds_nothing_leaves_what_was_said_of_the_rows(tmp_path, photos, request_of):
+    report = run(tmp_path, photos, request_of)
+    before = open_store(report.store).manifest.provenance
+    extract(
+        open_source(str(photos)), request_of, replace(SETTINGS, batch_size=3, n_threads=1),
+        cache_dir=tmp_path / "cache", verify_content=True,
+    )  # fmt: skip
+    assert open_store(report.store).manifest.provenance == before
+
+
+@pytest.mark.parametrize(("should_stop", "goes_on"), [(True, True), (False, False)])
+def test_only_what_was_interrupted_has_to_go_on_with_eager(
+    tmp_path, photos, request_of, should_stop, goes_on
+):
+    extract(
+        open_source(str(photos)), request_of, SETTINGS,
+        cache_dir=tmp_path / "cache", should_stop=lambda: should_stop,
+    )  # fmt: skip
+    write_image(photos / "cat" / "new.png", seed=40)
+    target = Target(
+        open_source(str(photos)), request_of, SETTINGS,
+        cache_dir=tmp_path / "cache", limit=None, trust=True, timings=Timings(),
+    )  # fmt: skip
+    with target.open(print):
+        target.begin(verify_content=False, on_note=print)
+        assert (target._engine_so_far is not None) == goes_on

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pipeline.extract.engines.memo import user_cache
 _DIGESTS = "digests.json"
 
 # Each is as large as the network; those that were used last stay.
+_ABANDONED_SECONDS = 24 * 3600
 _MAX_KEPT = 12
 
 
@@ -69,8 +71,11 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
         digests = {path.name: _digest(path) for path in sorted(aside.iterdir())}
         (aside / _DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        if not _is_sound(folder):  # unless another process was faster
+        try:
             aside.rename(folder)
+        except OSError:  # another process was faster
+            if not _is_sound(folder):
+                raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -93,3 +98,6 @@ def _prune(folder: Path) -> None:
     kept = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     for path in sorted(kept, key=lambda path: path.stat().st_mtime)[:-_MAX_KEPT]:
         shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".*"):  # of a process that was killed
+        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)

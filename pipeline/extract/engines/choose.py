@@ -23,6 +23,9 @@ AUTO = "auto"
 FP32_COSINE = 0.9999
 """What an engine is to keep of every layer of eager float32 where float32 was promised."""
 
+# What was measured on a busy machine, or failed for want of a compiler, is tried again in the end.
+_REMEMBERED_SECONDS = 30 * 24 * 3600
+
 # An engine is tried where it is expected to save this many times what building it costs.
 _TIMES_PAID = 3
 # Standard deviation of pixels, of 255. Blank images, whose features are small differences of large
@@ -141,7 +144,7 @@ def choose_engine(
         n_images: how many there are in all.
         asked: "auto" or the name of an engine.
         preferred: the figures of an earlier choice, which the same features have to come from: it
-            is taken without a probe where it can be built.
+            is taken without a probe where it can be built, and is of the same version.
         offers: engines by name.
 
     Raises:
@@ -150,11 +153,14 @@ def choose_engine(
     """
     notes: list[str] = []
     if preferred:
-        work = replace(work, until=_until(preferred, work))
+        work = _as_before(preferred, work)
         name = str(preferred.get("name"))
         if asked in (AUTO, name):
             try:
                 engine = _offer(name, offers).make(work)
+                if engine.details.get("version") != preferred.get("version"):
+                    chooser = _Chooser(work, images, n_images, offers)
+                    engine, work = chooser.only(name), chooser.work
                 told = {key: preferred.get(key) for key in (*_FIGURES, "tried")}
                 return Choice(engine, work, [], {**_named(engine, work), **told})
             except EngineError as error:
@@ -208,7 +214,8 @@ class _Chooser:
         self._batch = self._batch.to(work.device)
         contrast = images.float().flatten(1).std(dim=1)
         shows_something = (contrast >= _MIN_CONTRAST).nonzero()[:, 0]
-        self._judged = shows_something if len(shows_something) else torch.arange(self.n)
+        self._is_blank = len(shows_something) == 0
+        self._judged = shows_something
         self._expected: tuple[torch.Tensor, ...] = ()
 
     def only(self, name: str) -> Engine:
@@ -218,8 +225,8 @@ class _Chooser:
             EngineError: see `choose_engine`.
         """
         eager = self._eager()
-        if name == "eager":
-            return eager
+        if name == "eager" or self._is_blank:
+            return eager if name == "eager" else _offer(name, self.offers).make(self.work)
         engine = _offer(name, self.offers).make(self.work)
         parity = self._parity(engine)
         if not self._is_right(parity):
@@ -231,7 +238,8 @@ class _Chooser:
         """The fastest engine that pays; eager where none does."""
         eager = self._eager()
         candidates = self._candidates()
-        if not candidates or self.n_images < _MIN_BATCHES * self.work.batch_size:
+        is_small = self.n_images < _MIN_BATCHES * self.work.batch_size
+        if not candidates or is_small or self._is_blank or len(self._batch) < self.work.batch_size:
             return eager
         try:
             return self._fastest(eager, candidates)
@@ -246,9 +254,9 @@ class _Chooser:
         """
         work, make = self.work, _offer("eager", self.offers).make
         engine = make(work)
-        if work.precision == "fp32":
+        if work.precision == "fp32" or self._is_blank:
             return engine
-        parity = self._parity(engine)
+        parity = self._parity_in_memory(engine)
         self._learn("eager", {"parity": parity})
         if parity >= MIN_COSINE:
             return engine
@@ -270,6 +278,19 @@ class _Chooser:
             f"{kept} is computed in float32."
         )
         return engine
+
+    def _parity_in_memory(self, engine: Engine) -> float:
+        """The same as `_parity`, of fewer images where a GPU has no memory for a whole batch."""
+        while True:
+            try:
+                return self._parity(engine)
+            except torch.OutOfMemoryError:
+                if len(self._batch) == 1:
+                    raise
+            self._batch = self._batch[: len(self._batch) // 2]
+            self.n = min(self.n, len(self._batch))
+            self._judged = self._judged[self._judged < self.n]
+            self._expected = ()
 
     def _fastest(self, eager: Engine, candidates: list[str]) -> Engine:
         """The fastest of eager and those candidates that pay."""
@@ -369,11 +390,15 @@ class _Chooser:
             for name, figures in (known if isinstance(known, dict) else {}).items()
             if isinstance(figures, dict)
             and all(isinstance(figures.get(key, 0), int | float | None) for key in _FIGURES)
+            and isinstance(at := figures.get("at"), int)
+            and time.time() - at < _REMEMBERED_SECONDS
         }
 
     def _learn(self, name: str, figures: dict[str, Any]) -> None:
         self.tried[name] = {**self.tried.get(name, {}), **figures}
-        self.memo.note(engines={**self._known(), name: self.tried[name]})
+        known = self._known()
+        learnt = {**known.get(name, {}), **figures, "at": int(time.time())}
+        self.memo.note(engines={**known, name: learnt})
 
 
 def _offer(name: str, offers: Mapping[str, Offer]) -> Offer:
@@ -382,15 +407,22 @@ def _offer(name: str, offers: Mapping[str, Offer]) -> Offer:
     return offers[name]
 
 
-def _until(preferred: Mapping[str, Any], work: Work) -> str:
-    """Where float32 ended before, if it can end there at all."""
-    until = preferred.get("float32_until", work.until)
-    names = dict(work.net.named_modules())
-    return until if work.precision != "fp32" and until in names else work.until
+def _as_before(preferred: Mapping[str, Any], work: Work) -> Work:
+    """The work with as much in float32 as before, if that can be."""
+    until = preferred.get("float32_until")
+    if work.precision == "fp32" or preferred.get("precision") == "fp32":
+        return replace(work, precision="fp32", until="")
+    is_there = isinstance(until, str) and until in dict(work.net.named_modules())
+    return replace(work, until=str(until)) if is_there else work
 
 
 def _named(engine: Engine, work: Work) -> dict[str, Any]:
-    return {"name": engine.name, **engine.details, "float32_until": work.until}
+    return {
+        "name": engine.name,
+        **engine.details,
+        "precision": work.precision,
+        "float32_until": work.until,
+    }
 
 
 def _seconds(engines: list[Engine], batch: torch.Tensor, n_timed: int = _N_TIMED) -> list[float]:
