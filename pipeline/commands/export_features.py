@@ -96,6 +96,8 @@ def command(
             "size_bytes": size_bytes,
         }
     )
+    if opened.n_views > 1:
+        console.note(f"Note: of {opened.n_views} views the plain one was written.")
     for note in _notes(selection, file_format):
         console.note(printable(f"Note: {note}"))
     shapes = [

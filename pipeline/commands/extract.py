@@ -19,7 +19,7 @@ from pipeline.commands.console import (
     output_options,
     printable,
 )
-from pipeline.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SKIPPED
+from pipeline.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SKIPPED, ResourceError
 from pipeline.extract.settings import DECODERS, ENGINES
 
 if TYPE_CHECKING:
@@ -45,8 +45,10 @@ def device_names(text: str) -> tuple[str, ...]:
         import torch
 
         return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())) or ("cuda",)
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    return tuple(f"cuda:{name}" if name.isdigit() else name for name in names) or ("auto",)
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise click.BadParameter(f"{text!r} names no device. Known: auto, cpu, cuda, cuda:N, mps.")
+    return tuple(f"cuda:{name}" if name.isdigit() else name for name in names)
 
 
 @click.command()
@@ -97,17 +99,17 @@ def device_names(text: str) -> tuple[str, ...]:
 @click.option(
     "--views",
     "n_views",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 100),
     default=1,
     show_default=True,
-    help="Views of each image to store: the plain one, then crops, flips and colours.",
+    help="Views of each image to store: the plain one, which heads use, then crops and flips.",
 )
 @click.option(
     "--decode",
     type=click.Choice(DECODERS),
     default="cpu",
     show_default=True,
-    help="fast: large JPEG files at a fraction of their size; gpu, hybrid: JPEG files on the GPU.",
+    help="cpu: exact; fast: large JPEG files at a part of their size; gpu, hybrid: on the GPU.",
 )
 @click.option(
     "--engine",
@@ -253,19 +255,17 @@ def command(
     if dry_run:
         from pipeline.extract.estimate import estimate
 
-        _print_estimate(
-            console,
-            estimate(
-                source,
-                requests,
-                settings,
-                cache_dir=cache_dir,
-                limit=limit,
-                verify_content=verify == "content",
-                on_note=on_note,
-            ),
+        found = estimate(
+            source,
+            requests,
+            settings,
+            cache_dir=cache_dir,
+            limit=limit,
+            verify_content=verify == "content",
+            on_note=on_note,
         )
-        return EXIT_DONE
+        _print_estimate(console, found)
+        return EXIT_DONE if found.has_room else ResourceError.exit_code
     with (
         Progress(f"Embedding {source.name}", quiet=quiet) as progress,
         graceful_interrupt(console.note) as should_stop,
@@ -311,9 +311,11 @@ def _print_estimate(console: Console, found: Estimate) -> None:
             f"  samples    {store.n_samples:,}: {store.n_cached:,} found in the store, "
             f"{store.n_todo:,} to embed"
         )
+        if store.n_removed:
+            console.result(f"  leave      {store.n_removed:,} would leave the store's list")
         if engine := found.engines.get(str(store.store)):
             console.result(f"  engine     {engine}")
-    room = "" if found.bytes_needed < found.free_bytes else ": TOO LITTLE"
+    room = "" if found.has_room else ": TOO LITTLE"
     console.result(
         f"disk         {format_bytes(found.bytes_needed)} at most, of "
         f"{format_bytes(found.free_bytes)} free{room}"
@@ -322,9 +324,12 @@ def _print_estimate(console: Console, found: Estimate) -> None:
         console.result(
             f"speed        {found.images_per_second:,.0f} images/s, measured on {found.n_tried:,}"
         )
-        console.result(f"time         {format_seconds(found.seconds)}")
-        if found.timings.bottleneck():
-            console.note(found.timings.bottleneck())
+        start = format_seconds(found.timings.loading + found.timings.choosing)
+        console.result(
+            f"time         {format_seconds(found.seconds)}, and {start} until the first image"
+        )
+        if found.bottleneck:
+            console.note(found.bottleneck)
     for sample_id, reason in list(found.failures.items())[:SHOWN_FAILURES]:
         console.note(f"Would be skipped: {printable(sample_id)}: {reason}")
     console.document(
@@ -336,6 +341,7 @@ def _print_estimate(console: Console, found: Estimate) -> None:
                     "n_samples": store.n_samples,
                     "n_cached": store.n_cached,
                     "n_todo": store.n_todo,
+                    "n_removed": store.n_removed,
                     "bytes_needed": store.bytes_needed,
                     "engine": found.engines.get(str(store.store)),
                 }
@@ -343,11 +349,13 @@ def _print_estimate(console: Console, found: Estimate) -> None:
             ],
             "bytes_needed": found.bytes_needed,
             "free_bytes": found.free_bytes,
+            "has_room": found.has_room,
             "n_tried": found.n_tried,
             "images_per_second": round(found.images_per_second, 2),
             "seconds": round(found.seconds, 1),
+            "start_seconds": round(found.timings.loading + found.timings.choosing, 1),
             "failures": found.failures,
-            "bottleneck": found.timings.bottleneck(),
+            "bottleneck": found.bottleneck,
         }
     )
 
@@ -421,10 +429,12 @@ def _document(report: ExtractReport) -> dict[str, Any]:
 
 def _print_timings(console: Console, report: ExtractReport) -> None:
     """Say where the time went."""
+    from pipeline.data.names import counted
+
     timings = report.timings
     stages = {
         "loading": timings.loading,
-        "choosing the engine": timings.choosing,
+        "checking the engine": timings.choosing,
         "waiting for images": timings.waiting,
         "copying": timings.copying,
         "network": timings.network,
@@ -432,7 +442,7 @@ def _print_timings(console: Console, report: ExtractReport) -> None:
     }
     parts = [f"{name} {format_seconds(time)}" for name, time in stages.items() if time >= 0.05]
     console.note(
-        f"Time: {', '.join(parts)}; beside it, in {timings.n_threads} thread(s), reading "
+        f"Time: {', '.join(parts)}; beside it, in {counted(timings.n_threads, 'thread')}, reading "
         f"{format_seconds(timings.reading)} and decoding {format_seconds(timings.decoding)}."
     )
     if timings.bottleneck():

@@ -136,6 +136,21 @@ def _by_split(counts: Sequence[int]) -> dict[str, int]:
     return {name: n for name, n in zip(SPLIT_NAMES, counts, strict=True) if n}
 
 
+def _decoding(recipe: dict[str, Any]) -> str:
+    """How images are decoded, where that is not as usual."""
+    decoding = recipe.get("decoding")
+    names = [name for name in ("fast", "gpu") if isinstance(decoding, dict) and name in decoding]
+    return ", ".join(names)
+
+
+def _engines(provenance: dict[str, Any]) -> str:
+    """What computed the features: first to last."""
+    before = provenance.get("engines")
+    engines = [*(before if isinstance(before, list) else []), provenance.get("engine")]
+    names = [str(engine.get("name")) for engine in engines if isinstance(engine, dict)]
+    return ", then ".join(names)
+
+
 def _print_store(console: Console, document: dict[str, Any]) -> None:
     source, recipe = document["source"], document["recipe"]
     relabelled = (f"{column} from {file}" for column, file in document["relabelled"].items())
@@ -146,7 +161,9 @@ def _print_store(console: Console, document: dict[str, Any]) -> None:
         ("backbone", f"{recipe.get('backbone')}, weights {str(recipe.get('weights'))[:12]}"),
         ("input", _input_summary(recipe)),
         ("precision", f"{recipe.get('precision')}, stored as {recipe.get('storage')}"),
+        ("decoding", _decoding(recipe)),
         ("views", str(document["n_views"])),
+        ("engine", _engines(document["provenance"])),
         ("size", f"{format_bytes(document['size_bytes'])} in {document['n_shards']} shard(s)"),
         ("key", document["key"]),
         ("columns", ", ".join(f"{name} ({n:,})" for name, n in document["n_classes"].items())),

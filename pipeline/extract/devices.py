@@ -255,8 +255,9 @@ def _send_all(
     def on_note(text: str) -> None:
         connection.send(_Note(text))
 
-    jobs = [_job(k, order, settings, connection, on_note) for k, order in enumerate(orders)]
     timings = Timings()
+    with timings.spent("loading"):
+        jobs = [_job(k, order, settings, connection, on_note) for k, order in enumerate(orders)]
     for unit in embed(files, jobs, timings, stop.is_set, decode=settings.decode, on_note=on_note):
         connection.send(unit)
     for note in dict.fromkeys(job.embedder.note for job in jobs if job.embedder.note):

@@ -45,13 +45,21 @@ class Embedder:
         backbone: the frozen network.
         settings: layers, pooling, precision and the like.
         request: digest of the request that it was loaded for; see :mod:`pipeline.extract.recall`.
+        n_images: how many there are at most: a batch need not be larger.
 
     Attributes:
         net: the chosen layers.
         recipe: everything that decides the features' values.
     """
 
-    def __init__(self, backbone: Backbone, settings: Settings, request: str = "") -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        settings: Settings,
+        request: str = "",
+        *,
+        n_images: int | None = None,
+    ) -> None:
         self.backbone = backbone
         self._request = request
         self._settings = settings
@@ -60,7 +68,8 @@ class Embedder:
         self.device = resolve_device(settings.device)
         check_installed(settings.engine)
         check_decoder(settings.decode, self.device)
-        self.batch_size = settings.batch_size or default_batch_size(self.device)
+        batch_size = settings.batch_size or default_batch_size(self.device)
+        self.batch_size = batch_size if n_images is None else max(1, min(batch_size, n_images))
         self.n_threads = settings.n_threads or os.cpu_count() or 1
         size = (backbone.preprocess.height, backbone.preprocess.width)
         self.net: FeatureNet = fold_batchnorm(

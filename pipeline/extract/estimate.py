@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,7 @@ class StorePlan:
         n_samples: samples of the data source.
         n_cached: samples whose features are there and current.
         n_todo: samples whose files would be read.
+        n_removed: samples that would leave the store's list.
         bytes_needed: that the store would grow by, at most.
     """
 
@@ -51,6 +52,7 @@ class StorePlan:
     n_samples: int
     n_cached: int
     n_todo: int
+    n_removed: int
     bytes_needed: int
 
 
@@ -84,6 +86,16 @@ class Estimate:
     def bytes_needed(self) -> int:
         """That all stores would grow by, at most."""
         return sum(store.bytes_needed for store in self.stores)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the disk has room for that."""
+        return self.bytes_needed <= self.free_bytes
+
+    @property
+    def bottleneck(self) -> str:
+        """What would take most of the time of a run without its start."""
+        return replace(self.timings, loading=0.0, choosing=0.0).bottleneck()
 
 
 def estimate(
@@ -170,6 +182,7 @@ def _store_plan(target: Target, plan: Plan) -> StorePlan:
         n_samples,
         n_samples - len(plan.todo),
         len(plan.todo),
+        plan.n_removed,
         len(plan.todo) * (row_bytes + _SAMPLE_BYTES),
     )
 

@@ -121,8 +121,9 @@ def extract_all(
         )
         for backbone in backbones
     ]
-    if len({target.folder for target in targets}) < len(targets):
-        raise UsageError("A backbone was named twice.")
+    folders = [target.folder for target in targets]
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise UsageError(f"A backbone was named twice, that of {twice[0]}. Name each once.")
     with ExitStack() as stack:
         for target in targets:
             stack.enter_context(target.open(on_note))
@@ -189,7 +190,8 @@ def _units(
     should_stop: Callable[[], bool],
 ) -> Iterator[Unit]:
     """Embed files in this process, or in one for each device."""
-    from pipeline.extract.stream import Job, embed
+    with timings.spent("loading"):  # of torch, where the recipe was known without it
+        from pipeline.extract.stream import Job, embed
 
     settings = targets[0].settings
     if len(settings.devices) > 1:

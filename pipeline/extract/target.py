@@ -146,7 +146,12 @@ class Target:
                     from pipeline.backbones import load_backbone
 
                     self._backbone = load_backbone(**vars(self._backbone))
-                self._embedder = Embedder(self._backbone, self.settings, self._request)
+                self._embedder = Embedder(
+                    self._backbone,
+                    self.settings,
+                    self._request,
+                    n_images=len(self.source.samples),
+                )
         return self._embedder
 
     def open(self, on_note: Callable[[str], None]) -> StoreWriter:

@@ -166,11 +166,14 @@ def choose_engine(
             except EngineError as error:
                 if asked != AUTO:
                     raise
-                notes = [f"What was embedded so far was computed by {name}. {error}"]
+                why = str(error).splitlines()[0]
+                notes = [f"What was embedded so far was computed by {name}. {why}"]
         else:
             notes = [f"What was embedded so far was computed by {name}; {asked} goes on."]
     chooser = _Chooser(work, images, n_images, offers)
     engine = chooser.best() if asked == AUTO else chooser.only(asked)
+    if notes and asked == AUTO:
+        notes = [f"{notes[0]} {engine.name} goes on."]
     return Choice(
         engine,
         chooser.work,
