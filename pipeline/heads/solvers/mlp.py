@@ -1,0 +1,533 @@
+"""Many small networks trained as one program on one X.
+
+Networks of one shape are a stack. The stack reads a mini-batch once and multiplies it by the first
+layers of all its members side by side, later layers are one batched product, and the update runs
+over views of the stacked parameters. Members differ in width, depth, dropout, learning rate, weight
+decay, label smoothing, seed, and in the columns of X and the samples that they see.
+
+The order of the samples belongs to the call (``Training.seed``), the starting weights and dropout
+to the member (``MlpSetting.seed``): what a member learns does not depend on who else is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from pipeline.errors import DataError, UsageError
+from pipeline.heads.solvers.mlp_setting import FittedMlp, MlpSetting, Training
+from pipeline.heads.solvers.samples import Samples, as_float32, class_factors, columns_of, mean_one
+
+__all__ = ["FittedMlp", "MlpSetting", "Training", "fit_mlps", "mlp_logits"]
+
+Array = NDArray[Any]
+
+_BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8
+_MOMENTUM = 0.9
+_STACK_BYTES = 2**30
+_STATES = 5  # parameters, gradients, two moments, the best ones so far
+_BLOCK_NUMBERS = 2**24
+
+
+def fit_mlps(
+    X: Array | Tensor,
+    y: Array,
+    members: Sequence[MlpSetting],
+    *,
+    n_classes: int,
+    training: Training | None = None,
+    X_val: Array | Tensor | None = None,
+    y_val: Array | None = None,
+    sample_weight: Array | None = None,
+    val_weight: Array | None = None,
+    class_weight: Array | None = None,
+) -> list[FittedMlp]:
+    """Train every member on the weighted cross-entropy; with validation samples, keep the best.
+
+    A fold is a pair of weights: with ``X_val`` the same as X, a member that must not see a sample
+    gives it weight 0 in ``sample_weight`` and 1 in ``val_weight``.
+
+    Args:
+        X: (n_samples, n_features), or (n_samples, n_views, n_features): then each step draws one
+            view of each sample. float32 is used as it is.
+        y: (n_samples,), int class indices.
+        members: the networks.
+        n_classes: outputs of each.
+        training: what the members share.
+        X_val: samples that choose the epoch, likewise; of several views the first is taken.
+        y_val: (n_val,).
+        sample_weight: (n_samples,), or (n_members, n_samples).
+        val_weight: (n_val,), or (n_members, n_val).
+        class_weight: (n_classes,), times the weights of the samples that train.
+
+    Returns:
+        One a member, in their order. A member that blew up says so in ``failure``; the others are
+        as if it had not been there.
+
+    Raises:
+        DataError: no samples, values that are not finite, labels or weights that do not fit.
+        UsageError: patience without validation samples, or columns that X does not have.
+    """
+    training = training or Training()
+    n_members = len(members)
+    train = Samples.check("X", X, y, sample_weight, n_members, n_classes)
+    if class_weight is not None:
+        train.weights = train.weights * class_factors(class_weight, train.y, n_classes)
+    train.weights = mean_one(train.weights, "X")
+    val = None
+    if X_val is not None and y_val is not None:
+        val = Samples.check("X_val", X_val, y_val, val_weight, n_members, n_classes)
+        val.x = val.x[:, 0] if val.x.ndim == 3 else val.x
+        val.weights = mean_one(val.weights, "X_val")
+    elif training.patience is not None:
+        raise UsageError("Early stopping (patience) needs X_val and y_val.")
+    n_features = train.x.shape[-1]
+    if val is not None and val.x.shape[-1] != n_features:
+        raise DataError(f"X_val has {val.x.shape[-1]} features, expected {n_features} as X has.")
+    # Several stacks at a time, one thread each: threads that share each small product would wait
+    # for one another at its end, and badly so where other programs use the processor too.
+    n_threads = torch.get_num_threads() if torch.device(training.device).type == "cpu" else 1
+
+    def train_group(group: NDArray[np.intp]) -> dict[int, FittedMlp]:
+        if n_threads > 1:
+            torch.set_num_threads(1)
+        stack = _Stack.start(members, group, n_features, n_classes, training)
+        return _train(stack, train, val, training)
+
+    groups = _groups(members, n_features, n_classes, n_parts=n_threads)
+    try:
+        parts = Parallel(n_jobs=n_threads, prefer="threads")(map(delayed(train_group), groups))
+    finally:
+        if n_threads > 1:
+            torch.set_num_threads(n_threads)
+    fitted = {i: model for part in parts for i, model in part.items()}
+    return [fitted[i] for i in range(n_members)]
+
+
+def mlp_logits(
+    models: Sequence[FittedMlp], X: Array | Tensor, *, device: str | torch.device = "cpu"
+) -> NDArray[np.float32]:
+    """Scores of all models, in float32: (n_models, n_samples, n_classes).
+
+    Args:
+        models: of any shapes, with the same classes.
+        X: (n_samples, n_features), all columns; each model takes its own.
+        device: a torch device.
+    """
+    x = as_float32(X)
+    scores = np.empty((len(models), len(x), len(models[0].biases[-1])), np.float32)
+    settings = [model.setting for model in models]
+    for group in _groups(settings, x.shape[1], scores.shape[2]):
+        layers = range(len(models[group[0]].weights))
+        stack = _Stack(
+            members=group,
+            settings=[settings[i] for i in group],
+            weights=[_gather([models[i].weights[k] for i in group], device) for k in layers],
+            biases=[_gather([models[i].biases[k] for i in group], device) for k in layers],
+            dtype=torch.float32,
+        )
+        for rows in stack.blocks(len(x)):
+            block = stack.score(columns_of(x[rows].to(device), stack.settings[0].columns))
+            scores[group, rows] = block.cpu().numpy()
+    return scores
+
+
+def _gather(arrays: Sequence[Array], device: str | torch.device) -> Tensor:
+    return torch.from_numpy(np.stack(arrays)).to(device)
+
+
+# Members
+
+
+def _groups(
+    members: Sequence[MlpSetting], n_features: int, n_classes: int, *, n_parts: int = 1
+) -> Iterator[NDArray[np.intp]]:
+    """Members of one shape and one set of columns, as many as fit into a stack.
+
+    Where there are enough, those of one shape are ``n_parts`` stacks or more.
+    """
+    by_shape: defaultdict[Any, list[int]] = defaultdict(list)
+    for i, setting in enumerate(members):
+        by_shape[setting.hidden, setting.columns].append(i)
+    for (hidden, columns), group in by_shape.items():
+        if any(not 0 <= start < stop <= n_features for start, stop in columns):
+            raise UsageError(f"A member sees columns {columns}, but X has {n_features} features.")
+        widths = [_n_inputs(columns, n_features), *hidden, n_classes]
+        member_bytes = 4 * _STATES * sum(a * b for a, b in pairwise(widths))
+        n_stacks = max(n_parts, math.ceil(len(group) * member_bytes / _STACK_BYTES))
+        yield from np.array_split(np.array(group), min(n_stacks, len(group)))
+
+
+def _n_inputs(columns: tuple[tuple[int, int], ...], n_features: int) -> int:
+    return sum(stop - start for start, stop in columns) or n_features
+
+
+@dataclass
+class _Stack:
+    """Networks of one shape.
+
+    Attributes:
+        members: their numbers in the call.
+        settings: one a member.
+        weights: one (n_members, n_outputs, n_inputs) a layer.
+        biases: one (n_members, n_outputs) a layer.
+        dtype: of the products into hidden layers.
+        generators: of dropout, one a member.
+    """
+
+    members: NDArray[np.intp]
+    settings: list[MlpSetting]
+    weights: list[Tensor]
+    biases: list[Tensor]
+    dtype: torch.dtype
+    generators: list[torch.Generator] = field(default_factory=list)
+
+    @classmethod
+    def start(
+        cls,
+        members: Sequence[MlpSetting],
+        group: NDArray[np.intp],
+        n_features: int,
+        n_classes: int,
+        training: Training,
+    ) -> _Stack:
+        """He's uniform weights for hidden layers, small ones for the last, zeros for biases."""
+        settings = [members[i] for i in group]
+        hidden = settings[0].hidden
+        widths = [_n_inputs(settings[0].columns, n_features), *hidden, n_classes]
+        # Drawn on the processor, so that every device starts from the same weights.
+        draws = [torch.Generator().manual_seed(setting.seed) for setting in settings]
+        weights = []
+        for layer, (n_inputs, n_outputs) in enumerate(pairwise(widths)):
+            weight = torch.zeros(len(group), n_outputs, n_inputs)
+            bound = ((6 if layer < len(hidden) else 1) / n_inputs) ** 0.5
+            for one, draw in zip(weight, draws, strict=True):
+                if hidden:
+                    one.uniform_(-bound, bound, generator=draw)
+            weights.append(weight.to(training.device))
+        biases = [torch.zeros(len(group), n, device=training.device) for n in widths[1:]]
+        noise = [
+            torch.Generator(training.device).manual_seed(setting.seed + 1) for setting in settings
+        ]
+        return cls(group, settings, weights, biases, training.dtype, noise)
+
+    def select(self, kept: Tensor) -> _Stack:
+        """Some of the members."""
+        places = kept.tolist()
+        return replace(
+            self,
+            members=self.members[places],
+            settings=[self.settings[i] for i in places],
+            weights=[weight[kept] for weight in self.weights],
+            biases=[bias[kept] for bias in self.biases],
+            generators=[self.generators[i] for i in places],
+        )
+
+    def blocks(self, n_samples: int) -> Iterator[slice]:
+        """Rows that are scored at once."""
+        widest = sum(bias.numel() for bias in self.biases)
+        n_rows = max(1, _BLOCK_NUMBERS // widest)
+        for start in range(0, n_samples, n_rows):
+            yield slice(start, start + n_rows)
+
+    def forward(self, x: Tensor, *, noisy: bool) -> list[Tensor]:
+        """Activations of every layer, each (n_members, n, n_outputs); the last are the scores.
+
+        Args:
+            x: (n, n_inputs).
+            noisy: with dropout.
+        """
+        activations: list[Tensor] = []
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            is_last = layer == len(self.weights) - 1
+            dtype = torch.float32 if is_last else self.dtype
+            if layer == 0:
+                # All members read the same rows: one wide product instead of one a member.
+                flat = x.to(dtype) @ weight.to(dtype).flatten(0, 1).T
+                z = flat.view(len(x), *weight.shape[:2]).transpose(0, 1)
+            else:
+                z = torch.bmm(activations[-1].to(dtype), weight.to(dtype).mT)
+            z += bias.to(dtype)[:, None]
+            if not is_last:
+                z.relu_()
+                if noisy:
+                    self._drop(z)
+            activations.append(z)
+        return activations
+
+    def _drop(self, hidden: Tensor) -> None:
+        """Dropout in place, each member by its own generator."""
+        for one, setting, generator in zip(hidden, self.settings, self.generators, strict=True):
+            if setting.dropout:
+                draws = torch.rand(one.shape, generator=generator, device=one.device)
+                one *= (draws >= setting.dropout) / (1 - setting.dropout)
+
+    def backward(
+        self, x: Tensor, activations: list[Tensor], by_score: Tensor, into: _Gradients
+    ) -> None:
+        """Write the gradients of the parameters.
+
+        Args:
+            x: (n, n_inputs).
+            activations: of :meth:`forward`.
+            by_score: (n_members, n, n_classes), gradient of the loss by the scores.
+            into: where to.
+        """
+        by_output = by_score
+        for layer in reversed(range(len(self.weights))):
+            torch.sum(by_output, dim=1, out=into.biases[layer])
+            dtype = self.dtype if layer < len(self.weights) - 1 else torch.float32
+            if layer == 0:
+                columns = by_output.to(dtype).transpose(0, 1).flatten(1)
+                into.weights[0].flatten(0, 1).copy_(columns.T @ x.to(dtype))
+                return
+            inputs = activations[layer - 1]
+            into.weights[layer].copy_(torch.bmm(by_output.to(dtype).mT, inputs.to(dtype)))
+            by_output = torch.bmm(by_output.to(dtype), self.weights[layer].to(dtype)).float()
+            by_output *= inputs > 0
+            for one, setting in zip(by_output, self.settings, strict=True):
+                if setting.dropout:
+                    one /= 1 - setting.dropout
+
+    def score(self, x: Tensor) -> Tensor:
+        """(n_members, n, n_classes), without dropout."""
+        return self.forward(x, noisy=False)[-1]
+
+    def is_finite(self) -> Tensor:
+        """(n_members,): whether all parameters are numbers."""
+        sums = [param.flatten(1).sum(dim=1) for param in (*self.weights, *self.biases)]
+        return torch.isfinite(torch.stack(sums).sum(dim=0))
+
+
+# Training
+
+
+@dataclass
+class _Gradients:
+    """Gradients and moments, shaped as the parameters they belong to."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+
+    @classmethod
+    def like(cls, stack: _Stack) -> _Gradients:
+        return cls(
+            [torch.zeros_like(weight) for weight in stack.weights],
+            [torch.zeros_like(bias) for bias in stack.biases],
+        )
+
+    def select(self, kept: Tensor) -> _Gradients:
+        return _Gradients([w[kept] for w in self.weights], [b[kept] for b in self.biases])
+
+
+class _Optimizer:
+    """One step of every member at its own learning rate and weight decay.
+
+    Each member's parameters are contiguous views of the stack, so that torch's fused kernel passes
+    over them once.
+    """
+
+    def __init__(self, stack: _Stack, training: Training) -> None:
+        self.name = training.optimizer
+        self.gradients = _Gradients.like(stack)
+        self.moments = [_Gradients.like(stack) for _ in range(2 if self.name == "adamw" else 1)]
+        self.n_steps = 0
+        self._bind(stack)
+
+    def select(self, stack: _Stack, kept: Tensor) -> None:
+        """Go on with some of the members; ``stack`` has been narrowed already."""
+        self.gradients = self.gradients.select(kept)
+        self.moments = [moment.select(kept) for moment in self.moments]
+        self._bind(stack)
+
+    def _bind(self, stack: _Stack) -> None:
+        self.settings = stack.settings
+        self._views = []
+        for i in range(len(stack.settings)):
+            for kind in ("weights", "biases"):
+                owners = (stack, self.gradients, *self.moments)
+                tensors = [[tensor[i] for tensor in getattr(owner, kind)] for owner in owners]
+                counts = [torch.full((), float(self.n_steps), device=p.device) for p in tensors[0]]
+                self._views.append((i, kind == "weights", tensors, counts))
+
+    def step(self, lr_factor: float) -> None:
+        """Move the parameters against the gradients."""
+        self.n_steps += 1
+        for i, decays, (params, gradients, *moments), counts in self._views:
+            lr = self.settings[i].lr * lr_factor
+            weight_decay = self.settings[i].weight_decay if decays else 0.0
+            if self.name == "adamw":
+                adamw(
+                    params, gradients, moments[0], moments[1], [], counts,
+                    fused=True, amsgrad=False, maximize=False,
+                    beta1=_BETA1, beta2=_BETA2, eps=_EPS, lr=lr, weight_decay=weight_decay,
+                )  # fmt: skip
+                continue
+            for param, gradient, momentum in zip(params, gradients, moments[0], strict=True):
+                momentum.mul_(_MOMENTUM).add_(gradient)
+                if weight_decay:
+                    momentum.add_(param, alpha=weight_decay)
+                param.add_(momentum, alpha=-lr)
+
+
+@dataclass
+class _Progress:
+    """The best parameters of each member so far, by validation loss."""
+
+    loss: Tensor
+    epoch: Tensor
+    best: _Gradients
+
+    @classmethod
+    def start(cls, stack: _Stack) -> _Progress:
+        device = stack.biases[0].device
+        loss = torch.full((len(stack.settings),), torch.inf, device=device, dtype=torch.float64)
+        return cls(loss, torch.zeros(len(loss), dtype=torch.int64), _Gradients.like(stack))
+
+    def see(self, stack: _Stack, losses: Tensor, epoch: int) -> None:
+        better = (losses < self.loss).nonzero().flatten()
+        self.loss[better] = losses[better]
+        self.epoch[better.cpu()] = epoch
+        for kept, now in (
+            *zip(self.best.weights, stack.weights, strict=True),
+            *zip(self.best.biases, stack.biases, strict=True),
+        ):
+            for i in better.tolist():
+                kept[i].copy_(now[i])
+
+    def select(self, kept: Tensor) -> _Progress:
+        return _Progress(self.loss[kept], self.epoch[kept.cpu()], self.best.select(kept))
+
+
+@torch.no_grad()
+def _train(
+    stack: _Stack, train: Samples, val: Samples | None, training: Training
+) -> dict[int, FittedMlp]:
+    """Train a stack to its end: the fitted members by their number."""
+    device = torch.device(training.device)
+    fitted: dict[int, FittedMlp] = {}
+    optimizer = _Optimizer(stack, training)
+    progress = None if val is None else _Progress.start(stack)
+    weights = train.weights_of(stack.members, device)
+    val_weights = None if val is None else val.weights_of(stack.members, device)
+    smoothing = _smoothing(stack, device)
+    batches = _Batches(train, training)
+    for epoch in range(1, training.n_epochs + 1):
+        for step, rows, x, y in batches.epoch(epoch, stack.settings[0].columns, device):
+            activations = stack.forward(x, noisy=True)
+            batch_weights = weights[:, rows.to(device)] / len(rows)
+            by_score = _score_gradient(activations[-1], y, batch_weights, smoothing)
+            stack.backward(x, activations, by_score, optimizer.gradients)
+            optimizer.step(training.lr_factor(step, batches.n_steps))
+        finite = stack.is_finite().cpu()
+        done = ~finite
+        if progress is not None and val is not None and val_weights is not None:
+            progress.see(stack, _val_losses(stack, val, val_weights), epoch)
+            if training.patience is not None:
+                done |= epoch - progress.epoch >= training.patience
+        if epoch == training.n_epochs:
+            done[:] = True
+        for i in done.nonzero().flatten().tolist():
+            fitted[int(stack.members[i])] = _result(stack, i, progress, epoch, bool(finite[i]))
+        if done.all():
+            break
+        if done.any():
+            kept = (~done).nonzero().flatten().to(device)
+            stack = stack.select(kept)
+            optimizer.select(stack, kept)
+            progress = progress and progress.select(kept)
+            smoothing = smoothing[kept]
+            weights = weights if len(weights) == 1 else weights[kept]
+            if val_weights is not None and len(val_weights) > 1:
+                val_weights = val_weights[kept]
+    return fitted
+
+
+@dataclass
+class _Batches:
+    """The same rows in the same order for every stack."""
+
+    samples: Samples
+    training: Training
+
+    def __post_init__(self) -> None:
+        self.n_samples = len(self.samples.x)
+        self.n_batches = math.ceil(self.n_samples / self.training.batch_size)
+        self.n_steps = self.n_batches * self.training.n_epochs
+        self.generator = torch.Generator().manual_seed(self.training.seed)
+
+    def epoch(
+        self, epoch: int, columns: tuple[tuple[int, int], ...], device: torch.device
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Yield (step, rows, x, y) of each batch."""
+        x, y = self.samples.x, self.samples.y
+        order = torch.randperm(self.n_samples, generator=self.generator)
+        step = (epoch - 1) * self.n_batches
+        for rows in torch.split(order, self.training.batch_size):
+            if x.ndim == 3:
+                views = torch.randint(x.shape[1], (len(rows),), generator=self.generator)
+                batch = x[rows.to(x.device), views.to(x.device)]
+            else:
+                batch = x[rows.to(x.device)]
+            yield step, rows, columns_of(batch, columns).to(device), y[rows].to(device)
+            step += 1
+
+
+def _smoothing(stack: _Stack, device: torch.device) -> Tensor:
+    """(n_members, 1, 1)."""
+    shares = [setting.label_smoothing for setting in stack.settings]
+    return torch.tensor(shares, device=device)[:, None, None]
+
+
+def _score_gradient(scores: Tensor, y: Tensor, weights: Tensor, smoothing: Tensor) -> Tensor:
+    """Gradient of the weighted cross-entropy, shaped as the scores (n_members, n, n_classes)."""
+    gradient = torch.softmax(scores, dim=2)
+    gradient -= smoothing / scores.shape[2]
+    truth = y[None, :, None].expand(len(scores), -1, 1)
+    gradient.scatter_add_(2, truth, (smoothing - 1).expand(-1, len(y), 1).contiguous())
+    gradient *= weights[:, :, None]
+    return gradient
+
+
+def _val_losses(stack: _Stack, val: Samples, weights: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each member, nats: (n_members,) float64."""
+    device = weights.device
+    total = torch.zeros(len(stack.settings), dtype=torch.float64, device=device)
+    for rows in stack.blocks(len(val.x)):
+        scores = stack.score(columns_of(val.x[rows].to(device), stack.settings[0].columns))
+        truth = val.y[rows].to(device)[None, :, None].expand(len(scores), -1, 1)
+        losses = scores.logsumexp(dim=2) - scores.gather(2, truth)[:, :, 0]
+        total += (losses * weights[:, rows]).sum(dim=1, dtype=torch.float64)
+    return total / len(val.x)
+
+
+def _result(
+    stack: _Stack, i: int, progress: _Progress | None, epoch: int, finite: bool
+) -> FittedMlp:
+    setting = stack.settings[i]
+    best_epoch = epoch if progress is None else int(progress.epoch[i])
+    failure = "" if finite and best_epoch else (
+        f"its parameters are not finite in epoch {epoch}: try a learning rate below {setting.lr:g}"
+    )  # fmt: skip
+    # Before it blew up it may have had a best epoch, but the setting is not to be trusted.
+    source: _Stack | _Gradients = stack if progress is None or failure else progress.best
+    return FittedMlp(
+        setting=setting,
+        weights=tuple(weight[i].cpu().numpy().copy() for weight in source.weights),
+        biases=tuple(bias[i].cpu().numpy().copy() for bias in source.biases),
+        n_epochs=epoch,
+        best_epoch=best_epoch,
+        val_loss=math.nan if progress is None else float(progress.loss[i]),
+        failure=failure,
+    )

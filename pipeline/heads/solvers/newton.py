@@ -1,0 +1,358 @@
+"""Many convex problems on one design, by Newton steps that advance together.
+
+Each step solves H s = -g by conjugate gradients. A product with the Hessian of every problem is two
+products with the one X, and so is a gradient; the line search needs no further one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.heads.solvers.design import Design
+from pipeline.heads.solvers.losses import Loss
+
+_FORCING = 0.1
+_ENOUGH = 0.05
+_MAX_CG = 200
+_HALVINGS = 30
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The Hessian of one problem, its classes averaged: Xᵀ diag(c) X, after a rotation.
+
+    Curvature c changes little along a path, and a penalty only shifts the eigenvalues: an anchor
+    preconditions all problems near the one that it was made of.
+
+    Attributes:
+        center: (rank,), the mean of the rows weighted by c; the intercept's row is eliminated.
+        total: Σ c.
+        eigenvalues: (rank,).
+        basis: (rank, rank), or None where the design's own axes are the eigenvectors.
+    """
+
+    center: Tensor
+    total: Tensor
+    eigenvalues: Tensor
+    basis: Tensor | None
+
+    def solve(self, residual: Tensor, penalty: Tensor, scale: Tensor) -> Tensor:
+        """(scale · Hessian + penalty)⁻¹ residual.
+
+        Args:
+            residual: (n_problems, n_outputs, rank + 1).
+            penalty: (n_problems,).
+            scale: (n_problems,), the problem's Σ c as a part of the anchor's.
+        """
+        last = residual[..., -1:]
+        inner = residual[..., :-1] - last * self.center
+        if self.basis is not None:
+            inner = inner @ self.basis
+        inner = inner / (scale[:, None] * self.eigenvalues + penalty[:, None])[:, None]
+        if self.basis is not None:
+            inner = inner @ self.basis.T
+        shift = last / (scale[:, None, None] * self.total)
+        shift -= inner @ self.center[:, None]
+        return torch.cat([inner, shift], dim=2)
+
+
+def plain_anchor(design: Design) -> Anchor:
+    """The anchor of equal curvature 1: the eigenvalues of the design itself."""
+    values = design.values
+    return Anchor(
+        torch.zeros_like(values[0, :-1]),
+        torch.tensor(float(len(values)), dtype=values.dtype, device=values.device),
+        design.eigenvalues.to(values.dtype),
+        None,
+    )
+
+
+def make_anchor(design: Design, curvature: Tensor) -> Anchor:
+    """The anchor of ``curvature`` (n_samples,), none below zero."""
+    # Rows that hardly bend are left out: far along a path that is most of them.
+    order = curvature.argsort(descending=True)
+    reached = torch.cumsum(curvature[order].double(), 0)
+    n_kept = int((reached < 0.99 * reached[-1]).sum()) + 1
+    kept = order[:n_kept]
+    rows, weights = design.values[kept], curvature[kept]
+    gram = (rows * weights[:, None]).T @ rows
+    # No curvature at all leaves the penalty alone, and a division by zero to avoid.
+    tiny = torch.finfo(gram.dtype).tiny
+    gram *= curvature.sum() / weights.sum().clamp(min=tiny)
+    total = gram[-1, -1].clamp(min=tiny)
+    center = gram[:-1, -1] / total
+    inner = gram[:-1, :-1] - total * torch.outer(center, center)
+    eigenvalues, basis = torch.linalg.eigh(inner.double())
+    return Anchor(center, total, eigenvalues.clamp(min=0).to(rows.dtype), basis.to(rows.dtype))
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Minimise Σ w_i loss_i(x_i · params) + ½ penalty ‖coefficients‖², n_problems times.
+
+    Attributes:
+        loss: of the scores.
+        penalty: (n_problems,), above 0; the intercept has none.
+        weights: (n_samples, n_problems), or None for ones.
+        anchors: preconditioners.
+        anchor: (n_problems,), which of them each problem takes.
+    """
+
+    loss: Loss
+    penalty: Tensor
+    weights: Tensor | None
+    anchors: Sequence[Anchor]
+    anchor: Tensor
+
+    def select(self, kept: Tensor) -> Problems:
+        """Some of them; ``kept`` holds indices."""
+        weights = None if self.weights is None else self.weights[:, kept]
+        return Problems(
+            self.loss.select(kept), self.penalty[kept], weights, self.anchors, self.anchor[kept]
+        )
+
+    def weighted(self, of_samples: Tensor) -> Tensor:
+        """``of_samples`` (n_samples, n_problems, …) times the weights, in place."""
+        if self.weights is not None:
+            of_samples *= self.weights.reshape(
+                *self.weights.shape, *[1] * (of_samples.ndim - self.weights.ndim)
+            )
+        return of_samples
+
+    def objective(self, scores: Tensor, params: Tensor) -> Tensor:
+        """(n_problems,), summed in float64."""
+        losses = self.weighted(self.loss.value(scores)).sum(dim=0, dtype=torch.float64)
+        squares = params[..., :-1].square().sum(dim=(1, 2), dtype=torch.float64)
+        return losses + 0.5 * self.penalty * squares
+
+    def precondition(self, residual: Tensor, scales: Tensor) -> Tensor:
+        """Each problem's residual through its anchor."""
+        solved = torch.empty_like(residual)
+        penalty = self.penalty.to(residual.dtype)
+        for i in sorted(set(self.anchor.tolist())):
+            mine = (self.anchor == i).nonzero()[:, 0]
+            solved[mine] = self.anchors[i].solve(residual[mine], penalty[mine], scales[mine])
+        return solved
+
+    def add_penalty(self, product: Tensor, params: Tensor) -> Tensor:
+        """``product`` plus penalty times the coefficients, in place."""
+        penalty = self.penalty.to(product.dtype)[:, None, None]
+        product[..., :-1] += penalty * params[..., :-1]
+        return product
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where the solver arrived.
+
+    Attributes:
+        params: (n_problems, n_outputs, rank + 1).
+        objective: (n_problems,), float64.
+        gap: (n_problems,), estimated (objective - optimum) / objective before the last step.
+        n_iter: (n_problems,), Newton steps.
+        converged: (n_problems,), ``gap`` fell below the tolerance.
+        n_products: mean number of products with the Hessian that a Newton step of a problem took.
+    """
+
+    params: Tensor
+    objective: Tensor
+    gap: Tensor
+    n_iter: Tensor
+    converged: Tensor
+    n_products: float = 0.0
+
+
+def scores_of(values: Tensor, params: Tensor) -> Tensor:
+    """X · params: (n_samples, n_problems, n_outputs), in the dtype of ``params``."""
+    flat = params.reshape(-1, params.shape[-1]).to(values.dtype)
+    return (values @ flat.T).to(params.dtype).reshape(len(values), *params.shape[:2])
+
+
+def gradient_of(values: Tensor, slope: Tensor) -> Tensor:
+    """Xᵀ · slope: (n_problems, n_outputs, rank + 1), in the dtype of ``slope``."""
+    flat = slope.reshape(len(values), -1).to(values.dtype)
+    return (flat.T @ values).to(slope.dtype).reshape(*slope.shape[1:], -1)
+
+
+def solve(design: Design, problems: Problems, start: Tensor, *, tol: float, max_iter: int) -> Found:
+    """Minimise every problem from its start.
+
+    A problem is done when half its squared Newton decrement, the distance to the optimum that a
+    quadratic model foretells, is at most ``tol`` of the objective; the step that found this out
+    is still taken, and lands nearer by orders of magnitude. This measure changes with no scaling of
+    features, weights or penalty.
+
+    Args:
+        design: the features.
+        problems: what to minimise.
+        start: (n_problems, n_outputs, rank + 1).
+        tol: relative to the objective.
+        max_iter: Newton steps of a problem at most.
+    """
+    params = start.clone()
+    n_problems, device = len(params), params.device
+    objective = torch.zeros(n_problems, dtype=torch.float64, device=device)
+    gap = torch.full_like(objective, torch.inf)
+    n_iter = torch.zeros(n_problems, dtype=torch.int64, device=device)
+    converged = torch.zeros(n_problems, dtype=torch.bool, device=device)
+    left = torch.arange(n_problems, device=device)
+    state = _State(design, problems, start.clone())
+    n_products = n_steps = 0
+    for _ in range(max_iter):
+        step = state.advance(tol)
+        n_products, n_steps = n_products + step.n_products, n_steps + len(left)
+        params[left], objective[left], gap[left] = state.params, state.objective, step.gap
+        n_iter[left] += step.moved.long()
+        converged[left] = step.arrived
+        going = (~(step.arrived | step.stuck)).nonzero()[:, 0]
+        if not len(going):
+            break
+        if len(going) < len(left):
+            left = left[going]
+            state = state.select(going)
+    return Found(params, objective, gap, n_iter, converged, n_products / max(n_steps, 1))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """(n_problems,) each: the gap before the step, and what became of it; and what it took."""
+
+    gap: Tensor
+    arrived: Tensor
+    stuck: Tensor
+    moved: Tensor
+    n_products: int
+
+
+class _State:
+    """Problems that still move."""
+
+    def __init__(
+        self,
+        design: Design,
+        problems: Problems,
+        params: Tensor,
+        scores: Tensor | None = None,
+        objective: Tensor | None = None,
+        last_gap: Tensor | None = None,
+        precise: bool = False,
+    ) -> None:
+        self.design = design
+        self.problems = problems
+        self.params = params
+        self.scores = scores_of(design.values, params) if scores is None else scores
+        self.objective = problems.objective(self.scores, params) if objective is None else objective
+        self.last_gap = torch.full_like(self.objective, torch.inf) if last_gap is None else last_gap
+        self.precise = precise or not has_fast_half(params)
+
+    def select(self, kept: Tensor) -> _State:
+        """Some of them."""
+        return _State(
+            self.design,
+            self.problems.select(kept),
+            self.params[kept],
+            self.scores[:, kept],
+            self.objective[kept],
+            self.last_gap[kept],
+            self.precise,
+        )
+
+    def advance(self, tol: float) -> _Step:
+        """One Newton step of all."""
+        slope, bend = self.problems.loss.slope(self.scores)
+        gradient = gradient_of(self.design.values, self.problems.weighted(slope))
+        del slope
+        self.problems.add_penalty(gradient, self.params)
+        direction, decrement, n_products = self._direction(gradient, bend, tol)
+        floor = self.objective.clamp(min=torch.finfo(torch.float64).tiny)
+        gap = 0.5 * decrement / floor
+        # Rounding in the products shows where steps no longer bring what they should.
+        slow = (gap > 0.5 * self.last_gap) & (self.last_gap < 1e-3)
+        self.precise = self.precise or bool(slow.any())
+        self.last_gap = gap
+        length = self._search(direction, decrement)
+        self.params += length.to(direction.dtype)[:, None, None] * direction
+        return _Step(gap, gap <= tol, length == 0, length > 0, n_products)
+
+    def _direction(self, gradient: Tensor, bend: Tensor, tol: float) -> tuple[Tensor, Tensor, int]:
+        """Conjugate gradients: steps, their squared decrements -gᵀs (n_problems,), products."""
+        n_products = 0
+        problems = self.problems
+        strength = problems.weighted(problems.loss.strength(bend)).sum(dim=0)
+        totals = torch.stack([anchor.total for anchor in problems.anchors])
+        tiny = torch.finfo(strength.dtype).tiny
+        scales = (strength / totals[problems.anchor]).clamp(min=tiny)
+        values = self.design.values if self.precise else self.design.half()
+        solution = torch.zeros_like(gradient)
+        left = torch.arange(len(gradient), device=gradient.device)
+        residual = -gradient
+        solved = problems.precondition(residual, scales)
+        search = solved.clone()
+        norm = _dot(residual, solved)
+        # Below the second term a step would be more exact than was asked for.
+        goal = torch.maximum(_FORCING**2 * norm, 2 * _ENOUGH * tol * self.objective)
+        solution += (norm <= goal).to(search.dtype)[:, None, None] * search
+        for _ in range(_MAX_CG):
+            going = (norm > goal).nonzero()[:, 0]
+            if not len(going):
+                break
+            if len(going) < len(left):
+                left, norm, goal, scales = left[going], norm[going], goal[going], scales[going]
+                residual, search, bend = residual[going], search[going], bend[:, going]
+                problems = problems.select(going)
+            n_products += len(left)
+            curved = problems.loss.curve(bend, scores_of(values, search))
+            product = gradient_of(values, problems.weighted(curved))
+            problems.add_penalty(product, search)
+            bending = _dot(search, product)
+            usable = bending > 0
+            length = torch.where(usable, norm / bending, 0.0).to(search.dtype)[:, None, None]
+            solution[left] += length * search
+            residual = residual - length * product
+            solved = problems.precondition(residual, scales)
+            last, norm = norm, _dot(residual, solved)
+            search = solved + (norm / last).to(search.dtype)[:, None, None] * search
+            norm = torch.where(usable, norm, 0.0)
+        return solution, -_dot(gradient, solution), n_products
+
+    def _search(self, direction: Tensor, decrement: Tensor) -> Tensor:
+        """Step lengths 1, ½, ¼… that lower the objective enough, or 0; scores move along."""
+        moved = scores_of(self.design.values, direction)
+        noise = 8 * torch.finfo(direction.dtype).eps * self.objective
+        length = torch.zeros_like(self.objective)
+        left = torch.arange(len(length), device=length.device)
+        problems, trial, t = self.problems, self.scores + moved, 1.0
+        for _ in range(_HALVINGS):
+            found = problems.objective(trial, self.params[left] + t * direction[left])
+            enough = found <= self.objective[left] - 1e-4 * t * decrement[left] + noise[left]
+            length[left[enough]] = t
+            self.objective[left[enough]] = found[enough]
+            missed = (~enough).nonzero()[:, 0]
+            if not len(missed):
+                break
+            left, problems, t = left[missed], problems.select(missed), 0.5 * t
+            trial = self.scores[:, left] + t * moved[:, left]
+        if bool((length == 1).all()):
+            self.scores += moved
+        else:
+            self.scores += length.to(moved.dtype)[None, :, None] * moved
+        return length
+
+
+def has_fast_half(like: Tensor) -> bool:
+    """Whether float32 work on this device gains from products in bfloat16."""
+    if like.dtype != torch.float32:
+        return False
+    if like.is_cuda:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of each problem, (n_problems,) float64."""
+    return (a * b).sum(dim=(1, 2), dtype=torch.float64)

@@ -1,0 +1,271 @@
+"""A grid of penalties, times folds and targets, solved from few of its points to all.
+
+Solutions are smooth in log C. A coarse part of the grid is solved first, in the order of C; the
+rest starts between its neighbours, at the cubic through them, and needs a Newton step or two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from pipeline.heads.solvers.design import Design
+from pipeline.heads.solvers.losses import Loss
+from pipeline.heads.solvers.newton import (
+    Anchor,
+    Found,
+    Problems,
+    make_anchor,
+    plain_anchor,
+    scores_of,
+    solve,
+)
+
+_COARSE = math.log(12)
+_ROUGH = 1e-2
+_MANY_PRODUCTS = 8
+_BATCH_BYTES = {"cpu": 2**25, "cuda": 2**31}
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """What is solved along one grid of penalties.
+
+    Attributes:
+        loss: of the problems of one penalty, a lane each.
+        weights: (n_samples, n_lanes), or None for ones.
+        n_lanes: folds times targets, fold by fold.
+        n_targets: lanes of a fold; each target has preconditioners of its own.
+    """
+
+    loss: Loss
+    weights: Tensor | None
+    n_lanes: int
+    n_targets: int = 1
+
+
+@dataclass(frozen=True)
+class Path:
+    """The solved grid.
+
+    Attributes:
+        penalties: (n_penalties,) float64, descending.
+        params: (n_penalties, n_lanes, n_outputs, rank + 1).
+        found: objective, gap, n_iter, converged of all problems, penalty by penalty.
+        anchors: preconditioners, one a target for every solved coarse point.
+        anchor_at: log of the penalties of these points.
+    """
+
+    penalties: Tensor
+    params: Tensor
+    found: Found
+    anchors: list[Anchor]
+    anchor_at: list[float]
+
+
+def solve_path(
+    design: Design,
+    lanes: Lanes,
+    penalties: Tensor,
+    *,
+    start: Path | None,
+    tol: float,
+    max_iter: int,
+) -> Path:
+    """Solve every lane at every penalty.
+
+    Args:
+        design: the features.
+        lanes: what is solved.
+        penalties: (n_penalties,) float64, descending and distinct.
+        start: a solved path of the same penalties, of the lanes of one fold; each fold starts from
+            it, and takes its preconditioners.
+        tol: see :func:`~pipeline.heads.solvers.newton.solve`.
+        max_iter: Newton steps of a problem at most.
+    """
+    solver = _PathSolver(design, lanes, penalties, start, tol, max_iter)
+    solver.coarse()
+    solver.fine()
+    return Path(penalties, solver.params, solver.found, solver.anchors, solver.anchor_at)
+
+
+class _PathSolver:
+    def __init__(
+        self,
+        design: Design,
+        lanes: Lanes,
+        penalties: Tensor,
+        start: Path | None,
+        tol: float,
+        max_iter: int,
+    ) -> None:
+        self.design, self.lanes, self.penalties = design, lanes, penalties
+        self.tol, self.max_iter = tol, max_iter
+        self.at = penalties.log().tolist()
+        self.base = None if start is None else start.params
+        shape = (len(self.at), lanes.n_lanes, lanes.loss.n_outputs, design.rank + 1)
+        self.params = torch.zeros(shape, dtype=design.values.dtype, device=design.values.device)
+        n_problems, device = shape[0] * shape[1], design.values.device
+        self.found = Found(
+            self.params.reshape(n_problems, *shape[2:]),
+            torch.zeros(n_problems, dtype=torch.float64, device=device),
+            torch.zeros(n_problems, dtype=torch.float64, device=device),
+            torch.zeros(n_problems, dtype=torch.int64, device=device),
+            torch.zeros(n_problems, dtype=torch.bool, device=device),
+        )
+        self.anchors = [] if start is None else start.anchors
+        self.anchor_at = [] if start is None else start.anchor_at
+        self.stride = _stride(self.at)
+
+    def coarse(self) -> None:
+        """Solve every stride-th penalty, the strongest first."""
+        points = sorted({*range(0, len(self.at), self.stride), len(self.at) - 1})
+        if self.base is not None:
+            change = torch.zeros_like(self.params[0])
+            for i in points:
+                self.solve_points([i], [self.base_of(i) + change])
+                change = self.params[i] - self.base_of(i)
+            return
+        solved: list[int] = []
+        n_targets = self.lanes.n_targets
+        self.anchors, self.anchor_at = [plain_anchor(self.design)] * n_targets, [self.at[0]]
+        for i in points:
+            n_products = self.solve_points([i], [self.ahead(solved, i)], tol=max(self.tol, _ROUGH))
+            if n_products > _MANY_PRODUCTS:
+                fresh = self.anchors_of(i)
+                # Strong penalties make do with the design's own axes.
+                self.anchors, self.anchor_at = (
+                    [*self.anchors, *fresh],
+                    [*self.anchor_at, self.at[i]],
+                )
+            self.solve_points([i], [self.params[i]])
+            solved.append(i)
+
+    def fine(self) -> None:
+        """Halve the stride until all is solved."""
+        known = sorted({*range(0, len(self.at), self.stride), len(self.at) - 1})
+        stride = self.stride
+        while len(known) < len(self.at):
+            stride = max(1, stride // 2)
+            points = [i for i in range(0, len(self.at), stride) if i not in set(known)]
+            self.solve_points(points, [self.between(known, i) for i in points])
+            known = sorted({*known, *points})
+
+    def base_of(self, i: int) -> Tensor:
+        """The start that was given, for every lane."""
+        assert self.base is not None
+        n_folds = self.lanes.n_lanes // self.base.shape[1]
+        return self.base[i].repeat(n_folds, 1, 1).to(self.params.dtype)
+
+    def ahead(self, solved: Sequence[int], i: int) -> Tensor:
+        """The line through the last two solutions, or the last one: whichever is lower."""
+        if not solved:
+            return self.params[i]
+        last = self.params[solved[-1]]
+        if len(solved) < 2:
+            return last
+        line = self.curve_through(solved[-2:], i)
+        problems = self.problems([i])
+        better = self.objective(problems, line) < self.objective(problems, last)
+        return torch.where(better[:, None, None], line, last)
+
+    def between(self, known: Sequence[int], i: int) -> Tensor:
+        """The cubic through two solutions on either side, or as many as there are."""
+        below = [j for j in known if j < i][-2:]
+        above = [j for j in known if j > i][:2]
+        nodes = [*below, *above]
+        if self.base is None:
+            return self.curve_through(nodes, i)
+        rest = [self.params[j] - self.base_of(j) for j in nodes]
+        return self.base_of(i) + _lagrange(self.at, nodes, rest, i)
+
+    def curve_through(self, nodes: Sequence[int], i: int) -> Tensor:
+        """The polynomial in log C through solved points, at another."""
+        return _lagrange(self.at, nodes, [self.params[j] for j in nodes], i)
+
+    def objective(self, problems: Problems, params: Tensor) -> Tensor:
+        return problems.objective(scores_of(self.design.values, params), params)
+
+    def problems(self, points: Sequence[int]) -> Problems:
+        """The problems of some penalties, lane by lane within each."""
+        n_lanes, device = self.lanes.n_lanes, self.params.device
+        lane = torch.arange(n_lanes, device=device).repeat(len(points))
+        nearest = [
+            min(range(len(self.anchor_at)), key=lambda a: abs(self.anchor_at[a] - self.at[i]))
+            for i in points
+        ]
+        place = torch.tensor(nearest, device=device).repeat_interleave(n_lanes)
+        n_targets = self.lanes.n_targets
+        weights = self.lanes.weights
+        return Problems(
+            self.lanes.loss.select(lane),
+            self.penalties[list(points)].repeat_interleave(n_lanes),
+            None if weights is None else weights[:, lane],
+            self.anchors,
+            place * n_targets + lane % n_targets,
+        )
+
+    def solve_points(
+        self, points: Sequence[int], starts: Sequence[Tensor], tol: float | None = None
+    ) -> float:
+        """Solve some penalties, as many at once as fit; returns products a step of the worst."""
+        most = 0.0
+        n_lanes, n_outputs = self.params.shape[1:3]
+        column_bytes = self.design.n_samples * self.params.element_size()
+        room = _BATCH_BYTES.get(self.params.device.type, 2**25) // column_bytes
+        n_at_once = max(1, room // (n_lanes * n_outputs))
+        for first in range(0, len(points), n_at_once):
+            part = list(points[first : first + n_at_once])
+            start = torch.cat(list(starts[first : first + n_at_once]))
+            found = solve(
+                self.design,
+                self.problems(part),
+                start,
+                tol=tol or self.tol,
+                max_iter=self.max_iter,
+            )
+            rows = torch.tensor(part, device=start.device)[:, None] * n_lanes
+            rows = (rows + torch.arange(n_lanes, device=start.device)).reshape(-1)
+            self.found.params[rows] = found.params
+            self.found.objective[rows] = found.objective
+            self.found.gap[rows] = found.gap
+            self.found.n_iter[rows] += found.n_iter
+            self.found.converged[rows] = found.converged
+            most = max(most, found.n_products)
+        return most
+
+    def anchors_of(self, i: int) -> list[Anchor]:
+        """The anchors of a solved point, one a target; the folds of it are averaged."""
+        problems = self.problems([i])
+        _, bend = problems.loss.slope(scores_of(self.design.values, self.params[i]))
+        strength = problems.weighted(problems.loss.strength(bend))
+        strength = strength.reshape(len(strength), -1, self.lanes.n_targets).mean(dim=1)
+        return [make_anchor(self.design, one) for one in strength.unbind(dim=1)]
+
+
+def _stride(at: Sequence[float]) -> int:
+    """The largest power of two whose coarse points lie within about a decade of each other."""
+    widest = max((abs(b - a) for a, b in pairwise(at)), default=0.0)
+    stride = 1
+    while 2 * stride * widest <= _COARSE and 4 * stride < len(at):
+        stride *= 2
+    return stride
+
+
+def _lagrange(
+    at: Sequence[float], nodes: Sequence[int], values: Sequence[Tensor], i: int
+) -> Tensor:
+    """The polynomial through ``values`` at ``at[nodes]``, at ``at[i]``."""
+    result = torch.zeros_like(values[0])
+    for j, value in zip(nodes, values, strict=True):
+        share = 1.0
+        for k in nodes:
+            if k != j:
+                share *= (at[i] - at[k]) / (at[j] - at[k])
+        result += share * value
+    return result
