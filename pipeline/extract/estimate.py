@@ -18,7 +18,7 @@ from pipeline.errors import EmptySourceError
 from pipeline.extract.plan import Plan
 from pipeline.extract.recall import Request
 from pipeline.extract.settings import Settings
-from pipeline.extract.target import Target
+from pipeline.extract.target import Target, targets_of
 from pipeline.extract.timings import Timings
 from pipeline.store.manifest import is_store, read_manifest
 from pipeline.store.state import load_table
@@ -128,18 +128,15 @@ def estimate(
     if not source.samples:
         raise EmptySourceError(f"{source.spec} has no image.")
     timings = Timings()
-    targets = [
-        Target(
-            source,
-            backbone,
-            settings or Settings(),
-            cache_dir=cache_dir,
-            limit=limit,
-            trust=not verify_content,
-            timings=timings,
-        )
-        for backbone in backbones
-    ]
+    targets = targets_of(
+        source,
+        backbones,
+        settings or Settings(),
+        cache_dir=cache_dir,
+        limit=limit,
+        trust=not verify_content,
+        timings=timings,
+    )
     plans = [_plan(target, verify_content) for target in targets]
     stores = tuple(_store_plan(*pair) for pair in zip(targets, plans, strict=True))
     todo = np.unique(np.concatenate([plan.todo for plan in plans]))

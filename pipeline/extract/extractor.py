@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.samples import DataSource
-from pipeline.errors import DataError, EmptySourceError, UsageError
+from pipeline.errors import DataError, EmptySourceError
 from pipeline.extract.place import check_writable
 from pipeline.extract.recall import Request
 from pipeline.extract.recorder import Recorder
 from pipeline.extract.settings import Settings
-from pipeline.extract.target import ExtractReport, Target
+from pipeline.extract.target import ExtractReport, Target, targets_of
 from pipeline.extract.timings import Timings
 
 if TYPE_CHECKING:
@@ -109,21 +109,15 @@ def extract_all(
     if not source.samples:
         raise EmptySourceError(f"{source.spec} has no image.")
     timings = Timings()
-    targets = [
-        Target(
-            source,
-            backbone,
-            settings or Settings(),
-            cache_dir=cache_dir,
-            limit=limit,
-            trust=not verify_content,
-            timings=timings,
-        )
-        for backbone in backbones
-    ]
-    folders = [target.folder for target in targets]
-    if twice := [folder for folder in folders if folders.count(folder) > 1]:
-        raise UsageError(f"A backbone was named twice, that of {twice[0]}. Name each once.")
+    targets = targets_of(
+        source,
+        backbones,
+        settings or Settings(),
+        cache_dir=cache_dir,
+        limit=limit,
+        trust=not verify_content,
+        timings=timings,
+    )
     with ExitStack() as stack:
         for target in targets:
             stack.enter_context(target.open(on_note))

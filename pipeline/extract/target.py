@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -329,6 +329,39 @@ class Target:
         self.report.n_labels = {
             name: len(column.categories) for name, column in table.labels.items()
         }
+
+
+def targets_of(
+    source: DataSource,
+    backbones: Sequence[Backbone | Request],
+    settings: Settings,
+    *,
+    cache_dir: Path,
+    limit: int | None,
+    trust: bool,
+    timings: Timings,
+) -> list[Target]:
+    """A target for each backbone; the arguments are those of :class:`Target`.
+
+    Raises:
+        UsageError: two of them have the same store.
+    """
+    targets = [
+        Target(
+            source,
+            backbone,
+            settings,
+            cache_dir=cache_dir,
+            limit=limit,
+            trust=trust,
+            timings=timings,
+        )
+        for backbone in backbones
+    ]
+    folders = [target.folder for target in targets]
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise UsageError(f"A backbone was named twice, that of {twice[0]}. Name each once.")
+    return targets
 
 
 def _described(source: DataSource, limit: int | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import pytest
 
 from pipeline.data import open_source
+from pipeline.errors import UsageError
 from pipeline.extract.estimate import estimate
 from pipeline.extract.extractor import Settings, extract_all
 from pipeline.store import open_store
@@ -62,6 +63,11 @@ def test_the_time_is_that_of_the_measured_speed(dry, resnet):
 
 def test_a_trial_ends_after_its_time_with_one_batch(dry, resnet):
     assert dry([resnet], trial_seconds=0.0).n_tried == 4
+
+
+def test_a_backbone_named_twice_is_refused_as_in_the_run(dry, pixels):
+    with pytest.raises(UsageError, match="named twice"):
+        dry([pixels, pixels])
 
 
 def test_where_nothing_is_missing_nothing_is_tried(dry, photos, tmp_path, pixels):

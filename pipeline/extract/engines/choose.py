@@ -26,8 +26,6 @@ FP32_COSINE = 0.9999
 # What was measured on a busy machine, or failed for want of a compiler, is tried again in the end.
 _REMEMBERED_SECONDS = 30 * 24 * 3600
 
-# An engine is tried where it is expected to save this many times what building it costs.
-_TIMES_PAID = 1.0
 # Standard deviation of pixels, of 255. Blank images, whose features are small differences of large
 # numbers, are no measure of an engine.
 _MIN_CONTRAST = 4.0
@@ -353,10 +351,11 @@ class _Chooser:
         return float(rates[0] / rates[1]) if all(rates) else expected
 
     def _pays(self, name: str, best_seconds: float, eager_seconds: float) -> bool:
+        """Whether an engine is expected to save more than building it costs."""
         offer = self.offers[name]
         cost = offer.kept_seconds if is_kept(name, self.work) else offer.build_seconds
         saved_in_a_batch = best_seconds - eager_seconds / self._speedup(name)
-        return saved_in_a_batch * self.n_images / self.work.batch_size > _TIMES_PAID * cost
+        return saved_in_a_batch * self.n_images / self.work.batch_size > cost
 
     def _parity(self, engine: Engine) -> float:
         """The worst cosine of any layer of any of the images to eager float32."""
