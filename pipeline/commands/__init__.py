@@ -21,6 +21,9 @@ COMMANDS = {
     "demo": "See the whole flow on a small built-in data set.",
     "extract": "Embed images with a frozen backbone into a feature store.",
     "fit-head": "Fit a classifier head on stored features.",
+    "sweep": "Try many settings of one or more heads; keep the best of each.",
+    "bench-heads": "Compare every kind of head: one table, one page.",
+    "finetune": "Train the backbone itself, or its last blocks, on the images.",
     "predict": "Classify new images with a fitted head.",
     "inspect": "Show what a feature store or a run holds.",
     "ls": "List the stores and runs in the cache.",
@@ -110,7 +113,9 @@ def main() -> None:
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("Interrupted.", err=True)
-        code = EXIT_INTERRUPTED
+        # Threads that still compute would end an ordinary exit with an abort.
+        sys.stderr.flush()
+        os._exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone: not a failure, and nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,11 +15,16 @@ from pipeline.commands.console import (
     output_options,
     printable,
 )
+from pipeline.commands.sweep_options import (
+    data_options,
+    split_commas,
+    stores_argument,
+    tell_trial,
+)
 from pipeline.errors import EXIT_DONE
 
 if TYPE_CHECKING:
     from pipeline.sweep.fit import HeadRun
-    from pipeline.sweep.selection import Trial
 
 _METRICS = {
     "top1": "top-1 [95 %]",
@@ -32,16 +37,20 @@ _METRICS = {
 
 
 @click.command()
-@click.argument(
-    "stores", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="STORE…"
-)
+@stores_argument
 @click.option(
     "--head",
     default="logreg",
     show_default=True,
     help="logreg, linear, svm, mlp, ridge, knn or prototype.",
 )
-@click.option("--label", help="Label column to learn, where the store has several.")
+@click.option(
+    "--param",
+    "params",
+    multiple=True,
+    metavar="NAME=VALUES",
+    help="A value, or values to choose from: C=0.1, k=1,5,20, hidden=512x256, C=1e-4:1e4:30.",
+)
 @click.option(
     "--layers",
     help="Comma-separated layers; all for every one.  [default: penultimate, or all]",
@@ -50,25 +59,17 @@ _METRICS = {
     "--scaling",
     help="standardise, l2 or none.  [default: what suits the head]",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Decides held-out parts, gradient steps and intervals.",
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Folder to make the run's folder in.  [default: runs/<data source>]",
-)
+@data_options
 @output_options
 def command(
     stores: tuple[Path, ...],
     head: str,
-    label: str | None,
+    params: tuple[str, ...],
     layers: str | None,
     scaling: str | None,
+    label: str | None,
+    groups: str | None,
+    metric: str,
     seed: int,
     out: Path | None,
     as_json: bool,
@@ -84,20 +85,25 @@ def command(
     Examples:
       tlpipe fit-head cache/photos/resnet50-1f3a9c02
       tlpipe fit-head cache/photos/resnet50-1f3a9c02 --head svm --layers all
+      tlpipe fit-head cache/photos/resnet50-1f3a9c02 --head mlp --param hidden=512x256
       tlpipe fit-head cache/photos/resnet50-1f3a9c02 cache/photos/vit_base-77e0b1aa
     """
     console = Console(as_json=as_json, quiet=quiet)
     from pipeline.sweep.fit import fit_head
+    from pipeline.sweep.space import grid_of, params_of, parse_param
 
-    names = [name.strip() for name in layers.split(",") if name.strip()] if layers else None
+    values = params_of([head], [parse_param(text) for text in params])[head]
     run = fit_head(
         stores,
         head=head,
-        layers=names,
+        layers=split_commas(layers) or None,
         label=label,
+        groups=groups,
         scaling=scaling,
+        settings=grid_of(head, "quick", values),
+        metric=metric,
         seed=seed,
-        on_trial=lambda trial: console.note(_trial_line(trial)),
+        on_trial=lambda trial: tell_trial(console, trial, metric),
     )
     path = run.save(out, command=shlex.join(["tlpipe", *sys.argv[1:]]))
     console.document({"path": str(path)} | run.to_dict())
@@ -108,17 +114,8 @@ def command(
     return EXIT_DONE
 
 
-def _trial_line(trial: Trial) -> str:
-    from pipeline.sweep.grids import describe_setting
-
-    found = f"top-1 {trial.top1:.3f}" if trial.top1 is not None else f"failed: {trial.failure}"
-    return printable(
-        f"  {describe_setting(trial.setting)}: {found}, {format_seconds(trial.seconds)}"
-    )
-
-
 def _print_run(console: Console, run: HeadRun) -> None:
-    from pipeline.sweep.grids import describe_setting
+    from pipeline.heads import describe_setting
 
     for note in run.notes:
         console.note(printable(note))

@@ -256,8 +256,19 @@ def _inspect_run(console: Console, path: Path) -> None:
             for name in next(iter(metrics.values()), {})
         ],
     )
+    if run.get("kind") == "sweep":
+        _print_heads(console, run)
     for note in run["notes"]:
         console.result(printable(note))
+
+
+def _print_heads(console: Console, run: dict[str, Any]) -> None:
+    """The table of a sweep, and what it recommends."""
+    from pipeline.report.heads import table_of
+
+    columns, rows = table_of(run)
+    console.table(columns, [[printable(cell) for cell in row] for row in rows])
+    console.result(f"{run['head']} is recommended: {printable(run['why'])}.")
 
 
 def _setting(setting: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ the head is made.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from pipeline.errors import UnknownNameError, UsageError
 if TYPE_CHECKING:
     from pipeline.heads.base import Head
 
-__all__ = ["HEADS", "HeadSpec", "head_class", "make_head"]
+__all__ = ["HEADS", "HeadSpec", "describe_layers", "describe_setting", "head_class", "make_head"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class HeadSpec:
         class_name: the estimator in it.
         summary: one line for people.
         scaling: default scaling of its features, one of ``pipeline.heads.scaling.SCALINGS``.
+        scalings: those that are worth trying.
         calibrated: True where its scores are no log-probabilities that were fitted as such, so
             that a temperature is fitted on the samples that choose its setting.
     """
@@ -35,20 +37,31 @@ class HeadSpec:
     class_name: str
     summary: str
     scaling: str = "standardise"
+    scalings: tuple[str, ...] = ("standardise", "l2")
     calibrated: bool = False
 
 
 HEADS: dict[str, HeadSpec] = {
-    "logreg": HeadSpec("logistic", "LogisticHead", "multinomial logistic regression, L-BFGS"),
-    "linear": HeadSpec("linear", "LinearHead", "softmax layer trained with AdamW"),
+    "logreg": HeadSpec("logistic", "LogisticHead", "multinomial logistic regression"),
+    "linear": HeadSpec("linear", "LinearHead", "softmax layer trained by gradient steps"),
     "svm": HeadSpec("svm", "SVMHead", "support vectors, linear or RBF kernel", calibrated=True),
-    "mlp": HeadSpec("mlp", "MLPHead", "one hidden layer trained with AdamW"),
+    "mlp": HeadSpec("mlp", "MLPHead", "network with hidden layers, trained by gradient steps"),
     "ridge": HeadSpec("ridge", "RidgeHead", "least squares on ±1 targets", calibrated=True),
     "knn": HeadSpec(
-        "knn", "KNNHead", "weighted votes of the nearest samples", scaling="l2", calibrated=True
+        "knn",
+        "KNNHead",
+        "weighted votes of the nearest samples",
+        scaling="l2",
+        scalings=("l2", "standardise", "none"),
+        calibrated=True,
     ),
     "prototype": HeadSpec(
-        "prototype", "PrototypeHead", "nearest class mean", scaling="none", calibrated=True
+        "prototype",
+        "PrototypeHead",
+        "nearest class mean",
+        scaling="none",
+        scalings=("none", "standardise"),
+        calibrated=True,
     ),
 }
 
@@ -85,3 +98,18 @@ def make_head(name: str, **params: Any) -> Head:
                 f"Head {name!r} has no parameter {param!r}. It has: {', '.join(known)}."
             )
     return cls(**params)
+
+
+def describe_setting(setting: Mapping[str, Any]) -> str:
+    """``{"kernel": "rbf", "C": 10.0, "seed": 0}`` -> ``"kernel=rbf, C=10"``."""
+    parts = [
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in setting.items()
+        if name != "seed"
+    ]
+    return ", ".join(parts) or "nothing to choose"
+
+
+def describe_layers(layers: Sequence[str]) -> str:
+    """``["a", "b"]`` -> ``"a+b"``; their number where they are many."""
+    return "+".join(layers) if len(layers) <= 3 else f"{len(layers)} layers"

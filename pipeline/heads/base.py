@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,10 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from pipeline.errors import CorruptStoreError, StoreFormatError
+from pipeline.heads.folds import Fold, FoldResult, fit_one_by_one
+
+if TYPE_CHECKING:
+    import torch
 
 Array = NDArray[Any]
 
@@ -34,9 +38,36 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     n_features_in_: int
     converged_: bool
 
-    def fit(self, X: Array, y: Array) -> Self:
-        """Learn from X (n_samples, n_features) and y (n_samples,)."""
+    def fit(self, X: Array, y: Array, sample_weight: Array | None = None) -> Self:
+        """Learn from X (n_samples, n_features) and y (n_samples,), weighted by (n_samples,)."""
         raise NotImplementedError
+
+    @classmethod
+    def try_settings(
+        cls,
+        settings: Sequence[Mapping[str, Any]],
+        X: Array,
+        y: Array,
+        folds: Sequence[Fold],
+        *,
+        n_classes: int,
+    ) -> Iterator[FoldResult]:
+        """Fit every setting on every fold and score the fold's rows that choose.
+
+        A head whose settings share their work does it once for all of them; this one fits each by
+        itself. What a setting gives does not depend on the others beyond the solver's tolerance.
+
+        Args:
+            settings: parameters of the head.
+            X: (n_samples, n_features) float32, scaled.
+            y: (n_samples,), int class codes below ``n_classes``.
+            folds: who fits and who chooses, rows of X.
+            n_classes: columns of the logits.
+
+        Yields:
+            A result for every setting and fold, in any order; one that failed says so.
+        """
+        yield from fit_one_by_one(cls, settings, X, y, folds, n_classes)
 
     def check_params(self) -> None:
         """Raise ValueError where a parameter is out of its range."""
@@ -154,6 +185,25 @@ def _decode_classes(arrays: Mapping[str, Array]) -> Array:
     if len(classes) < 2 or len(np.unique(classes)) != len(classes):
         raise CorruptStoreError(f"The model names {len(classes)} classes, expected 2 or more.")
     return classes
+
+
+def solver_device(name: str) -> torch.device:
+    """The torch device called ``name``; "auto" is the first GPU, or the CPU where there is none.
+
+    Raises:
+        ValueError: no such device.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}, expected auto, cpu or cuda[:N]") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but this machine has no GPU that torch can use")
+    return device
 
 
 def fit_inputs(head: Head, X: Array, y: Array) -> tuple[Array, NDArray[np.intp]]:

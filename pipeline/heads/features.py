@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,46 +62,177 @@ class InputBlock:
 
 
 @dataclass(frozen=True)
+class StoredFeatures:
+    """Features of some samples, side by side from one or more stores, read when asked for.
+
+    Attributes:
+        stores: where they are.
+        layers: names of the layers to take from each store.
+        rows: rows of each store, aligned.
+    """
+
+    stores: tuple[Store, ...]
+    layers: tuple[tuple[str, ...], ...]
+    rows: tuple[NDArray[np.intp], ...]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Features of each store."""
+        return tuple(
+            sum(store.layers[name][0] for name in names)
+            for store, names in zip(self.stores, self.layers, strict=True)
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n_samples, n_features)."""
+        return len(self.rows[0]), sum(self.widths)
+
+    def __getitem__(self, samples: NDArray[np.intp]) -> Array:
+        """(n, n_features) of some samples, as they are stored."""
+        parts = [
+            store.features(layers=names)[rows[samples]]
+            for store, names, rows in zip(self.stores, self.layers, self.rows, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def read(self) -> NDArray[np.float32]:
+        """All of them: (n_samples, n_features).
+
+        Raises:
+            ResourceError: they do not fit into memory.
+        """
+        n_samples, n_features = self.shape
+        if 4 * n_samples * n_features > available_bytes():
+            raise self._too_large()
+        try:
+            X = np.empty(self.shape, dtype=np.float32)
+            start = 0
+            for store, names, rows, width in zip(
+                self.stores, self.layers, self.rows, self.widths, strict=True
+            ):
+                X[:, start : start + width] = store.features(layers=names)[rows]
+                start += width
+        except MemoryError as error:
+            raise self._too_large() from error
+        return X
+
+    def _too_large(self) -> ResourceError:
+        n_samples, n_features = self.shape
+        return ResourceError(
+            f"{n_samples:,} samples of {n_features:,} features need "
+            f"{4e-9 * n_samples * n_features:.1f} GB of memory, which is not there.\n"
+            "  Fit from disk:  tlpipe fit-head --memory-limit 2GB, or use fewer layers:  "
+            "--layers penultimate"
+        )
+
+    def file_positions(self) -> NDArray[np.intp]:
+        """(n_samples,), where each sample comes among all rows of the first store's files."""
+        table = self.stores[0].table
+        order = np.lexsort((table.rows[table.ready], table.shards[table.ready]))
+        positions = np.empty_like(order)
+        positions[order] = np.arange(len(order))
+        return positions[self.rows[0]]
+
+
+@dataclass(frozen=True)
 class HeadInputs:
     """Labelled features, rows aligned.
 
     Attributes:
-        X: (n_samples, n_features) float32, the blocks side by side.
+        features: where they are read from, the blocks side by side.
         ids: (n_samples,), sample ids.
         labels: (n_samples,) str.
         splits: (n_samples,), "train", "val" or "test".
-        digests: (n_samples,), sha256 of each image.
+        digests: (n_samples, 32) uint8, sha256 of each image.
         blocks: one a store.
         label_column: the column that the labels are from.
+        groups: (n_samples,) str, samples that belong together; None where none were asked for.
         notes: what was left out, and why.
     """
 
-    X: NDArray[np.float32]
+    features: StoredFeatures
     ids: Array
     labels: Array
     splits: Array
-    digests: Array
+    digests: NDArray[np.uint8]
     blocks: tuple[InputBlock, ...]
     label_column: str
+    groups: Array | None = None
     notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def X(self) -> NDArray[np.float32]:
+        """(n_samples, n_features), read when first asked for.
+
+        Raises:
+            ResourceError: the features do not fit into memory.
+        """
+        return self.features.read()
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Features of each layer of each block."""
         return tuple(width for block in self.blocks for width in block.widths)
 
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """One a layer of each block; with the number of its store before it, if several."""
+        several = len(self.blocks) > 1
+        return tuple(
+            f"{number}:{name}" if several else name
+            for number, block in enumerate(self.blocks, 1)
+            for name in block.layers
+        )
+
+    def take(self, layers: Sequence[int]) -> HeadInputs:
+        """The same samples with some of the layers.
+
+        Args:
+            layers: places in ``layer_names``, in any order; they keep the order of the stores.
+        """
+        chosen = sorted(set(layers))
+        if len(chosen) == len(self.widths):
+            return self
+        ends = np.cumsum((0, *self.widths))
+        blocks, used, first = [], [], 0
+        for place, block in enumerate(self.blocks):
+            own = [i - first for i in chosen if first <= i < first + len(block.layers)]
+            first += len(block.layers)
+            if own:
+                names = tuple(block.layers[i] for i in own)
+                widths = tuple(block.widths[i] for i in own)
+                blocks.append(replace(block, layers=names, widths=widths))
+                used.append(place)
+        features = StoredFeatures(
+            tuple(self.features.stores[place] for place in used),
+            tuple(block.layers for block in blocks),
+            tuple(self.features.rows[place] for place in used),
+        )
+        taken = replace(self, features=features, blocks=tuple(blocks))
+        if "X" in vars(self):  # no need to read it again
+            parts = [self.X[:, ends[i] : ends[i + 1]] for i in chosen]
+            vars(taken)["X"] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        return taken
+
     def digest(self) -> str:
         """sha256 over the sorted (id, digest, label) of the samples."""
         total = hashlib.sha256()
-        for row in sorted(zip(self.ids, self.digests, self.labels, strict=True)):
-            total.update(json.dumps([str(value) for value in row]).encode() + b"\n")
+        # Ids are unique: sorted by id is sorted by all three.
+        for i in np.argsort(self.ids, kind="stable"):
+            row = [str(self.ids[i]), self.digests[i].tobytes().hex(), str(self.labels[i])]
+            total.update(json.dumps(row).encode() + b"\n")
         return total.hexdigest()
 
 
 def load_inputs(
-    stores: Sequence[Store], *, layers: Sequence[str] | None = None, label: str | None = None
+    stores: Sequence[Store],
+    *,
+    layers: Sequence[str] | None = None,
+    label: str | None = None,
+    groups: str | None = None,
 ) -> HeadInputs:
-    """Read labelled features from one or more stores, joined by sample.
+    """Find labelled features in one or more stores, joined by sample.
 
     Labels and splits are those of the first store. A sample is the same in another store if both
     its id and its image are.
@@ -108,12 +242,12 @@ def load_inputs(
         layers: names of layers; ("all",) for every one; None for "penultimate", or every one
             where there is no such layer.
         label: label column; None for "label", or the only one.
+        groups: column of the first store that says which samples belong together.
 
     Raises:
-        UsageError: layers or label column that are not there, or maps that were not pooled.
+        UsageError: layers or columns that are not there, or maps that were not pooled.
         DataError: there are no labels.
         MismatchError: the stores share no sample.
-        ResourceError: the features do not fit into memory.
     """
     first = stores[0]
     if len({store.path.resolve() for store in stores}) < len(stores):
@@ -130,14 +264,25 @@ def load_inputs(
         splits = np.full(len(rows), "train")
         notes.append("The store has no splits: every sample is taken as train.")
     return HeadInputs(
-        X=_read(stores, chosen, rows_by_store),
+        features=StoredFeatures(tuple(stores), tuple(chosen), tuple(rows_by_store)),
         ids=np.array(first.ids(), dtype=object)[rows],
         labels=labels[rows],
         splits=splits,
-        digests=np.asarray(first.digests())[rows],
+        digests=first.table.digests[first.table.ready[rows]],
         blocks=tuple(_block(store, names) for store, names in zip(stores, chosen, strict=True)),
         label_column=column,
+        groups=None if groups is None else _groups(first, groups)[rows],
         notes=notes,
+    )
+
+
+def _groups(store: Store, column: str) -> Array:
+    """The group of each sample; one that names none is a group of its own."""
+    if column not in store.label_columns:
+        raise UnknownNameError("group column", column, store.label_columns)
+    named = zip(store.labels(column).tolist(), store.ids(), strict=True)
+    return np.array(
+        [f"= {group}" if group is not None else f"alone {i}" for group, i in named], dtype=object
     )
 
 
@@ -274,31 +419,6 @@ def _samples(store: Store) -> list[tuple[str, str]]:
     return list(zip(store.ids(), store.digests().tolist(), strict=True))
 
 
-def _read(
-    stores: Sequence[Store],
-    layers: Sequence[tuple[str, ...]],
-    rows_by_store: Sequence[NDArray[np.intp]],
-) -> NDArray[np.float32]:
-    widths = [
-        sum(store.layers[name][0] for name in names)
-        for store, names in zip(stores, layers, strict=True)
-    ]
-    shape = (len(rows_by_store[0]), sum(widths))
-    try:
-        X = np.empty(shape, dtype=np.float32)
-        start = 0
-        for store, names, rows, width in zip(stores, layers, rows_by_store, widths, strict=True):
-            X[:, start : start + width] = store.features(layers=names)[rows]
-            start += width
-    except MemoryError as error:
-        raise ResourceError(
-            f"{shape[0]:,} samples of {shape[1]:,} features need "
-            f"{4e-9 * shape[0] * shape[1]:.1f} GB of memory, which is not there.\n"
-            "  Use fewer layers:  --layers penultimate"
-        ) from error
-    return X
-
-
 def _block(store: Store, names: tuple[str, ...]) -> InputBlock:
     return InputBlock(
         store=str(store.path),
@@ -310,3 +430,16 @@ def _block(store: Store, names: tuple[str, ...]) -> InputBlock:
         layers=names,
         widths=tuple(store.layers[name][0] for name in names),
     )
+
+
+def available_bytes() -> float:
+    """Memory that this process could still take; infinity where the system does not say."""
+    found = [math.inf]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        found += [
+            1024.0 * int(line.split()[1])
+            for line in meminfo.read_text().splitlines()
+            if line.startswith("MemAvailable:")
+        ]
+    return min(found)

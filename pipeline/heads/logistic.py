@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
+import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.heads.base import (
@@ -15,61 +18,106 @@ from pipeline.heads.base import (
     predict_inputs,
     sample_weights,
     softmax,
+    solver_device,
 )
-from pipeline.heads.solvers.lbfgs import fit_linear, softmax_loss
+from pipeline.heads.folds import Fold, FoldResult
+from pipeline.heads.linear_path import try_linear_settings
+from pipeline.heads.solvers.linear import Solution, fit_logistic
+from pipeline.heads.solvers.proximal import fit_sparse_logistic
+
+PENALTIES = ("l2", "l1", "elasticnet")
 
 
 class LogisticHead(Head):
-    """Softmax regression with an L2 penalty, as scikit-learn's ``LogisticRegression``.
+    """Softmax regression, at the optimum of scikit-learn's ``LogisticRegression``.
 
     Args:
         C: inverse strength of the penalty on the summed loss.
+        penalty: "l2", "l1" or "elasticnet"; the intercept has none.
+        l1_ratio: of an elastic net, the share of |coef| against ½ coef², between 0 and 1.
         class_weight: None, "balanced" or {class: weight}.
-        tol: largest gradient entry of the mean objective at which the solver stops.
-        max_iter: L-BFGS iterations at most; ``converged_`` says whether they were enough.
+        tol: the solver stops within this part of the objective from its optimum.
+        max_iter: steps at most, Newton's or, with an L1 penalty, those of proximal gradients;
+            ``converged_`` says whether they were enough.
+        device: where to solve: "cpu", "cuda", or "auto" for a GPU where there is one.
 
     Attributes:
         coef_: (n_classes, n_features), or (1, n_features) for two classes.
         intercept_: (n_classes,) or (1,).
-        n_iter_: iterations that were made.
+        n_iter_: steps that were made.
     """
 
     def __init__(
         self,
         C: float = 1.0,
         *,
+        penalty: str = "l2",
+        l1_ratio: float = 0.5,
         class_weight: Any = None,
         tol: float = 1e-4,
-        max_iter: int = 1000,
+        max_iter: int = 5000,
+        device: str = "cpu",
     ) -> None:
         self.C = C
+        self.penalty = penalty
+        self.l1_ratio = l1_ratio
         self.class_weight = class_weight
         self.tol = tol
         self.max_iter = max_iter
+        self.device = device
 
     def fit(self, X: Array, y: Array, sample_weight: Array | None = None) -> Self:
         """Fit on X (n_samples, n_features), y (n_samples,)."""
         self.check_params()
         X, index = fit_inputs(self, X, y)
         weights = sample_weights(X, self.classes_[index], self.class_weight, sample_weight)
-        n_classes = len(self.classes_)
-        solution = fit_linear(
+        found = self._solver()(
             X,
-            softmax_loss(index, n_classes, weights),
-            1 if n_classes == 2 else n_classes,
-            C=self.C,
-            total_weight=float(weights.sum()),
+            index,
+            [self.C],
+            sample_weight=None if (weights == 1).all() else weights,
             tol=self.tol,
             max_iter=self.max_iter,
+            device=solver_device(self.device),
         )
-        self.coef_, self.intercept_ = solution.coef, solution.intercept
-        self.n_iter_, self.converged_ = solution.n_iter, solution.converged
+        self.coef_ = np.ascontiguousarray(found.coef[0, 0])
+        self.intercept_ = found.intercept[0, 0].astype(X.dtype)
+        self.n_iter_, self.converged_ = int(found.n_iter[0, 0]), bool(found.converged[0, 0])
         return self
+
+    @classmethod
+    def try_settings(
+        cls,
+        settings: Sequence[Mapping[str, Any]],
+        X: Array,
+        y: Array,
+        folds: Sequence[Fold],
+        *,
+        n_classes: int,
+    ) -> Iterator[FoldResult]:
+        """Settings that differ in C only are solved together, and their folds too."""
+        yield from try_linear_settings(
+            cls, settings, X, y, folds, n_classes=n_classes, solver=cls._solver
+        )
+
+    def _solver(self) -> Callable[..., Solution]:
+        """The solver of this penalty."""
+        if self.penalty == "l2":
+            return fit_logistic
+        return partial(fit_sparse_logistic, l1_ratio=1.0 if self.penalty == "l1" else self.l1_ratio)
 
     def check_params(self) -> None:
         """Raise ValueError where a parameter is out of its range."""
         if not self.C > 0:
             raise ValueError(f"C is {self.C}, expected a number above 0")
+        if self.penalty not in PENALTIES:
+            raise ValueError(f"penalty is {self.penalty!r}, expected one of {', '.join(PENALTIES)}")
+        if not 0 <= self.l1_ratio <= 1:
+            raise ValueError(f"l1_ratio is {self.l1_ratio}, expected a number from 0 to 1")
+        if not self.tol > 0:
+            raise ValueError(f"tol is {self.tol}, expected a number above 0")
+        if not self.max_iter >= 1:
+            raise ValueError(f"max_iter is {self.max_iter}, expected 1 or more")
 
     def logits(self, X: Array) -> Array:
         """Unnormalised log-probabilities (n_samples, n_classes)."""

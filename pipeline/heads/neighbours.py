@@ -16,8 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import DataError, UnknownNameError, UsageError
-
 Array = NDArray[Any]
 
 METRICS = ("cosine", "euclidean")
@@ -46,11 +44,11 @@ class VoteSetting:
     def __post_init__(self) -> None:
         """Refuse what cannot be counted."""
         if self.metric not in METRICS:
-            raise UnknownNameError("metric", self.metric, METRICS)
+            raise ValueError(f"metric is {self.metric!r}, expected one of {', '.join(METRICS)}")
         if self.k < 1 or not (self.temperature is None or self.temperature > 0):
-            raise UsageError(
-                f"k is {self.k} and the temperature {self.temperature}, expected 1 or more, and "
-                "above 0 or None."
+            raise ValueError(
+                f"k is {self.k} and temperature {self.temperature}, expected 1 or more, and above "
+                "0 or None"
             )
 
 
@@ -76,6 +74,7 @@ def search(
     *,
     metrics: Sequence[str] = METRICS,
     mask: Array | None = None,
+    variance: float | None = None,
     device: str | torch.device = "cpu",
 ) -> dict[str, Neighbours]:
     """Find the k nearest samples of every query, by every metric.
@@ -95,28 +94,31 @@ def search(
         k: neighbours to find; as many as there are where there are fewer.
         metrics: of :data:`METRICS`. A vector of zeros has cosine 0 with everything.
         mask: (n_samples,) bool, samples that may be found: the training part of a fold.
+        variance: of the samples; None to measure it.
         device: a torch device.
 
     Returns:
         Neighbours by metric.
 
     Raises:
-        DataError: no samples, values that are not finite, or shapes that do not fit.
-        UsageError: k is below 1, or a metric is unknown.
+        ValueError: no samples, values that are not finite, shapes that do not fit, k is below 1,
+            or a metric is unknown.
     """
     for metric in metrics:
         VoteSetting(k, metric)
     x, kept = _checked("X", X), _kept(mask, len(X))
     n_others = len(kept) - (queries is None)
     if n_others < 1:
-        raise DataError(
+        raise ValueError(
             f"{len(kept)} of {len(x)} samples may be found, expected at least "
-            f"{2 if queries is None else 1}."
+            f"{2 if queries is None else 1}"
         )
     q = x if queries is None else _checked("queries", queries)
     if q.shape[1] != x.shape[1]:
-        raise DataError(f"The queries have {q.shape[1]} features, expected {x.shape[1]} as X has.")
+        raise ValueError(f"The queries have {q.shape[1]} features, expected {x.shape[1]} as X has")
     space = _Space(x, torch.from_numpy(kept), torch.device(device))
+    if variance is None:
+        variance = space.variance
     k = min(k, len(kept))
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {metric: [] for metric in metrics}
     for start in range(0, len(q), _QUERY_ROWS):
@@ -125,7 +127,7 @@ def search(
         for metric in metrics:
             parts[metric].append(found[metric])
     return {
-        metric: _joined(blocks, k, None if metric == "cosine" else 2 * space.variance)
+        metric: _joined(blocks, k, None if metric == "cosine" else 2 * variance)
         for metric, blocks in parts.items()
     }
 
@@ -148,29 +150,33 @@ def vote(
         labels: (n_samples,), int class indices of the samples.
         settings: ways to count; one table is made at a time.
         n_classes: columns.
-        sample_weight: (n_samples,), each neighbour's vote is multiplied by it.
+        sample_weight: (n_samples,), each neighbour's vote is multiplied by it; where those of all
+            k are 0, no class is likelier than another.
 
     Raises:
-        UsageError: a metric that was not searched for.
-        DataError: labels that are no class indices.
+        ValueError: labels that are no class indices, or a metric that was not searched for.
     """
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= n_classes:
-        raise DataError(
+        raise ValueError(
             f"The labels are {labels.dtype} from {labels.min()} to {labels.max()}, expected class "
-            f"indices from 0 to {n_classes - 1}."
+            f"indices from 0 to {n_classes - 1}"
         )
     for setting in settings:
         if setting.metric not in neighbours:
-            raise UnknownNameError("metric", setting.metric, neighbours)
+            raise ValueError(
+                f"metric is {setting.metric!r}, but neighbours were searched for by "
+                f"{', '.join(neighbours)}"
+            )
         found = neighbours[setting.metric]
         index, similarity = found.index[:, : setting.k], found.similarity[:, : setting.k]
         weights = (index >= 0).astype(np.float64)
         if setting.temperature is not None:
             weights = np.exp((similarity - similarity[:, :1]) / setting.temperature)
-        weights /= weights.sum(axis=1, keepdims=True)
         if sample_weight is not None:
             weights *= np.asarray(sample_weight, np.float64)[index]
+        total = weights.sum(axis=1, keepdims=True)
+        weights /= np.where(total > 0, total, 1)
         n_queries = len(index)
         cells = np.arange(n_queries)[:, None] * n_classes + labels[index]
         votes = np.bincount(cells.ravel(), weights.ravel(), minlength=n_queries * n_classes)
@@ -184,13 +190,13 @@ def vote(
 def _checked(name: str, X: Array | Tensor) -> Tensor:
     x = X.detach().float() if isinstance(X, Tensor) else _shared(X)
     if x.ndim != 2 or not x.numel():
-        raise DataError(
-            f"{name} has shape {tuple(x.shape)}, expected (n_samples, n_features), none of them 0."
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, expected (n_samples, n_features), none of them 0"
         )
     # A sum of squares is finite only if all its terms are; float32 could overflow.
     bad = (~torch.isfinite(x.sum(dim=1, dtype=torch.float64))).nonzero().flatten()
     if len(bad):
-        raise DataError(
+        raise ValueError(
             f"{len(bad):,} of {len(x):,} rows of {name} hold NaN or infinity (the first is row "
             f"{int(bad[0])}), expected finite features. Look for damage with: tlpipe verify STORE"
         )
@@ -207,8 +213,8 @@ def _kept(mask: Array | None, n_samples: int) -> NDArray[np.int64]:
         return np.arange(n_samples)
     chosen = np.asarray(mask)
     if chosen.shape != (n_samples,) or chosen.dtype != bool:
-        raise DataError(
-            f"The mask has shape {chosen.shape} of {chosen.dtype}, expected ({n_samples},) of bool."
+        raise ValueError(
+            f"The mask has shape {chosen.shape} of {chosen.dtype}, expected ({n_samples},) of bool"
         )
     return np.flatnonzero(chosen)
 

@@ -5,39 +5,64 @@ from __future__ import annotations
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pipeline.heads.base import Array, Head, decision, fit_inputs, predict_inputs
+from pipeline.heads.base import Array, Head, decision, fit_inputs, predict_inputs, sample_weights
 from pipeline.heads.scaling import l2_normalise
+
+NORMALISATIONS = ("cl2n", "l2n", "none")
 
 
 class PrototypeHead(Head):
-    """Nearest class mean after centring and L2 normalisation (SimpleShot's CL2N).
+    """Nearest class mean (Wang et al., "SimpleShot", 2019, section 3).
 
-    Wang et al., "SimpleShot", 2019, section 3. It has nothing to choose, works from one sample
-    a class, and does its own scaling.
+    It works from one sample a class, and does its own scaling. Weights of classes would cancel:
+    a class's mean does not depend on how often it was seen.
+
+    Args:
+        normalise: "cl2n": centre, then scale each sample to length one; "l2n": scale only;
+            "none": take the features as they are.
 
     Attributes:
-        mean_: (n_features,), of the training samples.
+        mean_: (n_features,), of the training samples; zeros where they are not centred.
         prototypes_: (n_classes, n_features), class means of the normalised samples.
     """
 
-    def fit(self, X: Array, y: Array) -> Self:
-        """Fit on X (n_samples, n_features), y (n_samples,)."""
+    def __init__(self, *, normalise: str = "cl2n") -> None:
+        self.normalise = normalise
+
+    def check_params(self) -> None:
+        """Raise ValueError where a parameter is out of its range."""
+        if self.normalise not in NORMALISATIONS:
+            raise ValueError(
+                f"normalise is {self.normalise!r}, expected one of {', '.join(NORMALISATIONS)}"
+            )
+
+    def fit(self, X: Array, y: Array, sample_weight: Array | None = None) -> Self:
+        """Fit on X (n_samples, n_features), y (n_samples,), weighted by (n_samples,)."""
+        self.check_params()
         X, index = fit_inputs(self, X, y)
-        self.mean_ = X.mean(axis=0, dtype=np.float64).astype(X.dtype)
-        normalised = l2_normalise(X - self.mean_)
-        self.prototypes_ = np.stack(
-            [
-                normalised[index == code].mean(axis=0, dtype=np.float64)
-                for code in range(len(self.classes_))
-            ]
-        ).astype(X.dtype)
+        weights = sample_weights(X, index, None, sample_weight)
+        totals = np.bincount(index, weights, minlength=len(self.classes_))
+        if (weights < 0).any() or not totals.all():
+            raise ValueError(
+                "sample_weight is negative somewhere, or 0 for all samples of class "
+                f"{self.classes_[totals.argmin()]!r}"
+            )
+        self.mean_ = np.zeros(X.shape[1], dtype=X.dtype)
+        if self.normalise == "cl2n":
+            centre = totals / totals.sum() @ _class_means(X, index, weights)
+            self.mean_ = centre.astype(X.dtype)
+        self.prototypes_ = _class_means(self._normalised(X), index, weights).astype(X.dtype)
         self.converged_ = True
         return self
 
+    def _normalised(self, X: Array) -> Array:
+        return X if self.normalise == "none" else l2_normalise(X - self.mean_)
+
     def logits(self, X: Array) -> Array:
         """Minus half the squared distance to each prototype, up to a constant of the sample."""
-        normalised = l2_normalise(predict_inputs(self, X) - self.mean_)
+        normalised = self._normalised(predict_inputs(self, X))
         result: Array = (
             normalised @ self.prototypes_.T - np.square(self.prototypes_).sum(axis=1) / 2
         )
@@ -50,3 +75,12 @@ class PrototypeHead(Head):
     def array_shapes(self) -> dict[str, tuple[str, ...]]:
         """Names and axes of the fitted arrays."""
         return {"mean_": ("features",), "prototypes_": ("classes", "features")}
+
+
+def _class_means(X: Array, index: NDArray[np.intp], weights: Array) -> NDArray[np.float64]:
+    """Weighted means (n_classes, n_features) of samples X (n_samples, n_features)."""
+    means = []
+    for code in range(index.max() + 1):
+        of_class = index == code
+        means.append(weights[of_class] / weights[of_class].sum() @ X[of_class])
+    return np.stack(means)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
-
-import numpy as np
-from scipy.linalg import LinAlgWarning
-from sklearn.linear_model import RidgeClassifier
 
 from pipeline.heads.base import (
     Array,
@@ -16,7 +12,12 @@ from pipeline.heads.base import (
     fit_inputs,
     linear_logits,
     predict_inputs,
+    sample_weights,
+    solver_device,
 )
+from pipeline.heads.folds import Fold, FoldResult
+from pipeline.heads.linear_path import try_linear_settings
+from pipeline.heads.solvers.ridge import fit_ridge_folds
 
 
 class RidgeHead(Head):
@@ -25,28 +26,59 @@ class RidgeHead(Head):
     Args:
         alpha: strength of the L2 penalty on the summed squares.
         class_weight: None, "balanced" or {class: weight}.
+        device: where to solve: "cpu", "cuda", or "auto" for a GPU where there is one.
 
     Attributes:
         coef_: (n_classes, n_features), or (1, n_features) for two classes.
         intercept_: (n_classes,) or (1,).
     """
 
-    def __init__(self, alpha: float = 1.0, *, class_weight: Any = None) -> None:
+    def __init__(
+        self, alpha: float = 1.0, *, class_weight: Any = None, device: str = "cpu"
+    ) -> None:
         self.alpha = alpha
         self.class_weight = class_weight
+        self.device = device
 
     def fit(self, X: Array, y: Array, sample_weight: Array | None = None) -> Self:
         """Fit on X (n_samples, n_features), y (n_samples,)."""
+        self.check_params()
         X, index = fit_inputs(self, X, y)
-        solver = RidgeClassifier(alpha=self.alpha, class_weight=self.class_weight)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", LinAlgWarning)
-            # In float32 the Gram matrix of a strong feature swallows a small alpha.
-            solver.fit(X.astype(np.float64), self.classes_[index], sample_weight=sample_weight)
-        self.coef_ = np.atleast_2d(solver.coef_).astype(X.dtype)
-        self.intercept_ = np.atleast_1d(solver.intercept_).astype(X.dtype)
-        self.converged_ = not caught
+        weights = sample_weights(X, self.classes_[index], self.class_weight, sample_weight)
+        found = fit_ridge_folds(
+            X, index, [self.alpha], sample_weight=weights, device=solver_device(self.device)
+        )
+        self.coef_ = found.coef[0, 0].astype(X.dtype)
+        self.intercept_ = found.intercept[0, 0].astype(X.dtype)
+        self.converged_ = True
         return self
+
+    @classmethod
+    def try_settings(
+        cls,
+        settings: Sequence[Mapping[str, Any]],
+        X: Array,
+        y: Array,
+        folds: Sequence[Fold],
+        *,
+        n_classes: int,
+    ) -> Iterator[FoldResult]:
+        """Every alpha of a fold comes from one eigendecomposition."""
+        yield from try_linear_settings(
+            cls,
+            settings,
+            X,
+            y,
+            folds,
+            n_classes=n_classes,
+            solver=lambda _: fit_ridge_folds,
+            along="alpha",
+        )
+
+    def check_params(self) -> None:
+        """Raise ValueError where a parameter is out of its range."""
+        if not self.alpha > 0:
+            raise ValueError(f"alpha is {self.alpha}, expected a number above 0")
 
     def logits(self, X: Array) -> Array:
         """Regressed targets (n_samples, n_classes); no log-probabilities."""

@@ -1,88 +1,50 @@
-"""Fit every setting, compare them on the samples that choose, keep the best."""
+"""Fit every setting on every fold, compare them on the samples that choose."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
-from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
 from pipeline.errors import TlpipeError
-from pipeline.heads import HEADS, make_head
+from pipeline.heads import HEADS, head_class, make_head
 from pipeline.heads.base import softmax
 from pipeline.heads.calibration import fit_temperature
+from pipeline.heads.folds import FIT_ERRORS, Fold, FoldResult, fit_one_by_one
 from pipeline.heads.metrics import evaluate
 from pipeline.heads.model import HeadModel
-from pipeline.heads.scaling import Scaler, fit_scaler
-from pipeline.sweep.grids import Setting, describe_setting
-from pipeline.sweep.protocol import Fold, Protocol
-from pipeline.sweep.threads import one_thread_each
+from pipeline.heads.scaling import fit_scaler
+from pipeline.sweep.protocol import Protocol
+from pipeline.sweep.trials import Candidate, Trial
 
 Array = NDArray[Any]
 
-FIT_ERRORS = (ValueError, ArithmeticError, RuntimeError, MemoryError)
-"""What an estimator raises when it cannot be fitted on these samples with this setting."""
-
 
 @dataclass(frozen=True)
-class Trial:
-    """One setting and how it did.
+class Scaled:
+    """Features that are ready to be fitted on.
 
     Attributes:
-        setting: parameters of the head.
-        seconds: of one core, spent on fitting and scoring it.
-        top1: on the samples that choose; None where it failed or nothing chose.
-        nll: likewise, in nats.
-        temperature: fitted on the samples that choose, or 1.
-        converged: in every fold.
-        failure: why it has no score, or "".
+        X: (n_rows, n_features) float32, of the rows that some fold uses.
+        y: (n_rows,), class codes.
+        folds: rows of X.
+        rows: (n_choose,), rows of the data, in the order in which the folds choose.
+        truth: (n_choose,), their class codes.
+        n_classes: columns of the probabilities.
     """
 
-    setting: Setting
-    seconds: float
-    top1: float | None = None
-    nll: float | None = None
-    temperature: float = 1.0
-    converged: bool = True
-    failure: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The outcome.
-
-    Attributes:
-        best: the chosen trial.
-        trials: all of them, in the order of the settings.
-        rows: samples that chose.
-        probabilities: (len(rows), n_classes), by the best setting, fitted without them.
-    """
-
-    best: Trial
-    trials: list[Trial]
+    X: NDArray[np.float32]
+    y: Array
+    folds: tuple[Fold, ...]
     rows: NDArray[np.intp]
-    probabilities: NDArray[np.float64]
+    truth: Array
+    n_classes: int
 
 
-@dataclass(frozen=True)
-class _ScaledFold:
-    fold: Fold
-    X_fit: NDArray[np.float32]
-    X_choose: NDArray[np.float32]
-
-
-def select_setting(
-    name: str,
-    settings: Sequence[Setting],
+def scale(
     X: Array,
     codes: Array,
     protocol: Protocol,
@@ -90,136 +52,132 @@ def select_setting(
     n_classes: int,
     scaling: str,
     widths: Sequence[int],
-    on_trial: Callable[[Trial], None] = lambda _: None,
-) -> Selection:
-    """Try every setting; the best has the highest top-1, and among equals the lowest NLL.
+) -> Scaled:
+    """Scale the rows that the folds use.
+
+    A single fold learns the scaling from the rows that it fits on. Several folds are weights on one
+    matrix, which all of train scales: that lets a held-out sample into the means and variances of
+    its features, never its label.
 
     Args:
-        name: of the head.
-        settings: parameters to try.
-        X: (n_samples, n_features).
-        codes: (n_samples,), class indices.
-        protocol: who fits and who chooses; without folds the first setting is taken unseen.
-        n_classes: columns of the probabilities.
-        scaling: learned anew on the fitted part of each fold.
+        X: (n_samples, n_features), raw.
+        codes: (n_samples,).
+        protocol: who fits and who chooses; at least one fold.
+        n_classes: how many codes there are.
+        scaling: one of ``pipeline.heads.scaling.SCALINGS``.
         widths: features of each block.
-        on_trial: called with every setting that was tried.
-
-    Raises:
-        TlpipeError: every setting failed.
     """
-    folds = [_scale_fold(fold, X, scaling, widths) for fold in protocol.folds]
-    rows = np.concatenate([fold.choose for fold in protocol.folds] or [np.zeros(0, np.intp)])
-    if not folds:
-        untried = Trial(settings[0], 0.0)
-        return Selection(untried, [untried], rows, np.zeros((0, n_classes)))
-    trials: list[Trial] = []
-    best: tuple[Trial, NDArray[np.float64]] | None = None
-    tasks = (
-        delayed(_fit_fold)(name, setting, part, codes, n_classes)
-        for setting in settings
-        for part in folds
+    folds = protocol.folds
+    used = np.unique(np.concatenate([rows for fold in folds for rows in (fold.fit, fold.choose)]))
+    learned_on = folds[0].fit if len(folds) == 1 else protocol.train
+    scaler = fit_scaler(X[learned_on], scaling, widths)
+    chosen = np.concatenate([fold.choose for fold in folds])
+    return Scaled(
+        scaler(X[used]),
+        codes[used],
+        tuple(
+            Fold(np.searchsorted(used, fold.fit), np.searchsorted(used, fold.choose))
+            for fold in folds
+        ),
+        chosen,
+        codes[chosen],
+        n_classes,
     )
-    with one_thread_each():
-        outcomes = Parallel(n_jobs=-1, prefer="threads", return_as="generator")(tasks)
-        for setting in settings:
-            parts = list(islice(outcomes, len(folds)))
-            trial, probabilities = _judge(name, setting, parts, codes[rows])
-            trials.append(trial)
-            if probabilities is not None and (best is None or _rank(trial) > _rank(best[0])):
-                best = trial, probabilities
-            on_trial(trial)
-    if best is None:
-        reasons = "\n".join(
-            f"  {describe_setting(trial.setting)}: {trial.failure}" for trial in trials
-        )
-        raise TlpipeError(f"Every setting of head {name!r} failed:\n{reasons}")
-    return Selection(best[0], trials, rows, best[1])
 
 
-def _scale_fold(fold: Fold, X: Array, scaling: str, widths: Sequence[int]) -> _ScaledFold:
-    X_fit = X[fold.fit]
-    scaler = fit_scaler(X_fit, scaling, widths)
-    return _ScaledFold(fold, scaler(X_fit), scaler(X[fold.choose]))
+def try_candidates(
+    candidates: Sequence[Candidate], data: Scaled
+) -> Iterator[tuple[Trial, NDArray[np.float64] | None]]:
+    """Try settings of one head on the same features.
+
+    Args:
+        candidates: of one head, on the layers and with the scaling of ``data``.
+        data: what to fit on.
+
+    Yields:
+        A trial, and its probabilities (n_choose, n_classes) or None where it failed; in the order
+        in which they are done.
+    """
+    name = candidates[0].head
+    parts: dict[int, dict[int, FoldResult]] = {}
+    for result in _results(name, [candidate.setting for candidate in candidates], data):
+        own = parts.setdefault(result.setting, {})
+        own[result.fold] = result
+        if len(own) == len(data.folds):
+            del parts[result.setting]
+            ordered = [own[f] for f in range(len(data.folds))]
+            yield _judge(candidates[result.setting], ordered, data)
 
 
-def _rank(trial: Trial) -> tuple[float, float]:
-    return (trial.top1 or 0.0, -(trial.nll or 0.0))
-
-
-@dataclass(frozen=True)
-class _FoldOutcome:
-    """(n_choose, n_classes) logits, or why there are none."""
-
-    seconds: float
-    logits: Array | None = None
-    converged: bool = True
-    failure: str = ""
-
-
-def _fit_fold(
-    name: str, setting: Setting, part: _ScaledFold, codes: Array, n_classes: int
-) -> _FoldOutcome:
-    """Fit one setting on one fold and score the samples that choose."""
-    started = time.perf_counter()
+def _results(name: str, settings: Sequence[dict[str, Any]], data: Scaled) -> Iterator[FoldResult]:
+    """All settings together; those that are left one by one, where that failed."""
+    cls = head_class(name)
+    done: set[tuple[int, int]] = set()
     try:
-        head = make_head(name, **setting).fit(part.X_fit, codes[part.fold.fit])
-        logits = np.full((len(part.X_choose), n_classes), -np.inf)
-        logits[:, head.classes_] = head.logits(part.X_choose)
-        if np.isnan(logits).any():
-            raise ArithmeticError("its scores are not numbers")
-    except FIT_ERRORS as error:
-        failure = f"{type(error).__name__}: {error}"
-        return _FoldOutcome(time.perf_counter() - started, failure=failure)
-    return _FoldOutcome(time.perf_counter() - started, logits, head.converged_)
+        for result in cls.try_settings(
+            settings, data.X, data.y, data.folds, n_classes=data.n_classes
+        ):
+            done.add((result.setting, result.fold))
+            yield result
+    except FIT_ERRORS:
+        for result in fit_one_by_one(cls, settings, data.X, data.y, data.folds, data.n_classes):
+            if (result.setting, result.fold) not in done:
+                yield result
 
 
 def _judge(
-    name: str, setting: Setting, parts: Sequence[_FoldOutcome], truth: Array
+    candidate: Candidate, parts: Sequence[FoldResult], data: Scaled
 ) -> tuple[Trial, NDArray[np.float64] | None]:
-    """Score one setting over its folds; pooled probabilities, or None where it failed."""
+    """Score one candidate over its folds; pooled probabilities, or None where it failed."""
     seconds = sum(part.seconds for part in parts)
     failure = next((part.failure for part in parts if part.failure), "")
     if failure:
-        return Trial(setting, seconds, failure=failure), None
+        return Trial(candidate, seconds, failure=failure), None
     logits = np.concatenate([part.logits for part in parts if part.logits is not None])
-    temperature = fit_temperature(logits, truth) if HEADS[name].calibrated else 1.0
+    calibrated = HEADS[candidate.head].calibrated
+    temperature = fit_temperature(logits, data.truth) if calibrated else 1.0
     probabilities = softmax(logits / temperature)
-    scored = evaluate(truth, probabilities, n_resamples=0)
+    scored = evaluate(data.truth, probabilities, n_resamples=0)
     trial = Trial(
-        setting,
+        candidate,
         seconds,
-        top1=scored["top1"].value,
-        nll=scored["nll"].value,
-        temperature=temperature,
-        converged=all(part.converged for part in parts),
+        {name: score.value for name, score in scored.items()},
+        temperature,
+        all(part.converged for part in parts),
     )
     return trial, probabilities
 
 
 def refit(
-    name: str,
     best: Trial,
     X: Array,
     codes: Array,
     protocol: Protocol,
     *,
     classes: Sequence[str],
-    scaling: str,
     widths: Sequence[int],
 ) -> HeadModel:
-    """Fit the chosen setting on train and, where it was given, val; scaling is learned on train.
+    """Fit the chosen candidate on train and, where it was given, val; train alone scales.
+
+    Args:
+        best: what was chosen.
+        X: (n_samples, n_features), of its layers, raw.
+        codes: (n_samples,).
+        protocol: what is fitted on.
+        classes: names of the codes.
+        widths: features of each block.
 
     Raises:
         TlpipeError: the setting cannot be fitted on all of it.
     """
-    scaler: Scaler = fit_scaler(X[protocol.train], scaling, widths)
-    head = make_head(name, **best.setting)
+    candidate = best.candidate
+    scaler = fit_scaler(X[protocol.train], candidate.scaling, widths)
+    head = make_head(candidate.head, **candidate.setting)
     try:
         head.fit(scaler(X[protocol.refit]), codes[protocol.refit])
     except FIT_ERRORS as error:
         raise TlpipeError(
-            f"Head {name!r} with {describe_setting(best.setting)} could not be fitted on all "
+            f"Head {candidate.head!r} with {candidate.describe()} could not be fitted on all "
             f"{len(protocol.refit):,} samples: {error}"
         ) from error
     return HeadModel(scaler, head, best.temperature, tuple(classes))

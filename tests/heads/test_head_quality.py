@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from sklearn.svm import SVC, LinearSVC
+from sklearn.svm import LinearSVC
 
 from pipeline.errors import CorruptStoreError, StoreFormatError, UnknownNameError, UsageError
 from pipeline.heads import HEADS, head_class, make_head
@@ -70,19 +70,6 @@ def test_linear_svm_agrees_with_scikit_learn(digits):
     theirs = LinearSVC(C=0.1, tol=1e-6, max_iter=100_000, intercept_scaling=100).fit(X, y)
 
     assert np.mean(ours.predict(X_test) == theirs.predict(X_test)) > 0.99
-
-
-@pytest.mark.parametrize("n_classes", [2, 3, 10])
-def test_rbf_svm_reproduces_libsvm(n_classes, digits):
-    X, y, X_test, _ = digits
-    X, X_test, y = X.astype(np.float64), X_test.astype(np.float64), y % n_classes
-
-    ours = make_head("svm", kernel="rbf", C=10.0).fit(X, y)
-    theirs = SVC(kernel="rbf", C=10.0, break_ties=True).fit(X, y)
-
-    np.testing.assert_allclose(
-        ours.decision_function(X_test), theirs.decision_function(X_test), atol=1e-9
-    )
 
 
 def test_heads_keep_float32(digits):
@@ -235,7 +222,7 @@ def test_arrays_that_do_not_fit_are_refused(name, arrays, change, message):
 @pytest.mark.parametrize(
     ("name", "params", "error"),
     [
-        ("logreg", {"penalty": "l1"}, StoreFormatError),
+        ("logreg", {"solver": "saga"}, StoreFormatError),
         ("logreg", {"C": -1.0}, CorruptStoreError),
         ("logreg", {"C": "much"}, CorruptStoreError),
         ("svm", {"kernel": "poly"}, CorruptStoreError),

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from pipeline.errors import DataError, UnknownNameError, UsageError
 from pipeline.heads import neighbours as module
 from pipeline.heads.neighbours import METRICS, VoteSetting, search, vote
 
@@ -133,6 +132,43 @@ def test_a_weight_of_zero_takes_the_vote_away():
     np.testing.assert_allclose(shares.sum(axis=1), 1)
 
 
+@pytest.mark.parametrize("temperature", [None, 0.3])
+def test_only_ratios_of_weights_count(temperature):
+    X, y, queries = data()
+    found, weights = search(X, queries, 10), np.random.default_rng(2).random(len(X))
+    setting = [VoteSetting(10, temperature=temperature)]
+
+    (plain,) = vote(found, y, setting, n_classes=3)
+    (scaled,) = vote(found, y, setting, n_classes=3, sample_weight=np.full(len(X), 7.0))
+    (light,) = vote(found, y, setting, n_classes=3, sample_weight=weights)
+    (heavy,) = vote(found, y, setting, n_classes=3, sample_weight=9 * weights)
+
+    np.testing.assert_allclose(scaled, plain, rtol=1e-12)
+    np.testing.assert_allclose(heavy, light, rtol=1e-12)
+    assert not np.allclose(light, plain)
+
+
+def test_neighbours_without_weight_leave_all_classes_equal():
+    X, y, queries = data()
+
+    (shares,) = vote(
+        search(X, queries, 5), y, [VoteSetting(5)], n_classes=3, sample_weight=np.zeros(len(X))
+    )
+
+    np.testing.assert_allclose(shares, 1 / 3)
+
+
+def test_a_variance_that_is_given_scales_squared_distances():
+    X, _, queries = data()
+
+    measured, given = search(X, queries, 4), search(X, queries, 4, variance=0.5)
+
+    ratio = given["euclidean"].similarity / measured["euclidean"].similarity
+    np.testing.assert_allclose(ratio, ratio[0, 0])
+    assert ratio[0, 0] > 1
+    np.testing.assert_array_equal(given["cosine"].similarity, measured["cosine"].similarity)
+
+
 # Degenerate input
 
 
@@ -203,29 +239,29 @@ def test_what_is_not_finite_is_named():
     X, _, queries = data()
     X[[3, 8], 1] = np.nan
 
-    with pytest.raises(DataError, match=r"2 of 60 rows of X hold NaN .* first is row 3\)"):
+    with pytest.raises(ValueError, match=r"2 of 60 rows of X hold NaN .* first is row 3\)"):
         search(X, queries, 1)
-    with pytest.raises(DataError, match="2 of 60 rows of queries"):
+    with pytest.raises(ValueError, match="2 of 60 rows of queries"):
         search(np.ones((2, 5), np.float32), X, 1)
 
 
 def test_shapes_and_names_that_do_not_fit_are_refused():
     X, y, queries = data()
 
-    with pytest.raises(DataError, match="queries have 4 features, expected 5"):
+    with pytest.raises(ValueError, match="queries have 4 features, expected 5"):
         search(X, queries[:, :4], 1)
-    with pytest.raises(DataError, match="mask has shape"):
+    with pytest.raises(ValueError, match="mask has shape"):
         search(X, queries, 1, mask=np.ones(3, bool))
-    with pytest.raises(DataError, match="1 of 1 samples may be found, expected at least 2"):
+    with pytest.raises(ValueError, match="1 of 1 samples may be found, expected at least 2"):
         search(X[:1], None, 1)
-    with pytest.raises(DataError, match="0 of 60 samples may be found"):
+    with pytest.raises(ValueError, match="0 of 60 samples may be found"):
         search(X, queries, 1, mask=np.zeros(60, bool))
-    with pytest.raises(UnknownNameError, match="Unknown metric 'hamming'"):
+    with pytest.raises(ValueError, match="metric is 'hamming', expected one of cosine, euclidean"):
         search(X, queries, 1, metrics=["hamming"])
-    with pytest.raises(UsageError, match="k is 0"):
+    with pytest.raises(ValueError, match="k is 0"):
         search(X, queries, 0)
-    with pytest.raises(UnknownNameError, match="Known: cosine"):
+    with pytest.raises(ValueError, match="searched for by cosine"):
         next(vote(search(X, queries, 1, metrics=["cosine"]), y, [VoteSetting(1, "euclidean")],
                   n_classes=3))  # fmt: skip
-    with pytest.raises(DataError, match="expected class indices from 0 to 1"):
+    with pytest.raises(ValueError, match="expected class indices from 0 to 1"):
         next(vote(search(X, queries, 1), y, [VoteSetting(1)], n_classes=2))

@@ -8,7 +8,7 @@ import torch
 from sklearn.neural_network import MLPClassifier
 from torch.nn.functional import cross_entropy
 
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import UsageError
 from pipeline.heads.solvers.mlp import MlpSetting, Training, fit_mlps, mlp_logits
 from pipeline.heads.solvers.softmax import layer_columns, softmax_grid
 
@@ -137,16 +137,24 @@ def test_a_fold_is_a_pair_of_weights():
     np.testing.assert_allclose(fold.weights[0], copied.weights[0], atol=1e-3)
 
 
-def test_class_weights_multiply_sample_weights():
+@pytest.mark.parametrize("hidden", [(), (8,)])
+def test_rows_are_as_if_there_were_no_others(hidden):
     X, y = blobs()
-    factors = np.array([1.0, 0.0, 3.0])
+    rows, val_rows = np.arange(90)[::-1], np.arange(90, 120)
+    weight = np.random.default_rng(1).random(len(X))
+    members = [MlpSetting(hidden, lr=0.01)]
 
-    (one,) = fit_mlps(X, y, [MlpSetting((4,))], n_classes=3, training=QUICK, class_weight=factors)
-    (other,) = fit_mlps(
-        X, y, [MlpSetting((4,))], n_classes=3, training=QUICK, sample_weight=factors[y]
-    )
+    (chosen,) = fit_mlps(
+        X, y, members, n_classes=3, training=QUICK, rows=rows, sample_weight=weight,
+        X_val=X, y_val=y, val_rows=val_rows, val_weight=weight,
+    )  # fmt: skip
+    (copied,) = fit_mlps(
+        X[rows], y[rows], members, n_classes=3, training=QUICK, sample_weight=weight[rows],
+        X_val=X[val_rows], y_val=y[val_rows], val_weight=weight[val_rows],
+    )  # fmt: skip
 
-    assert same(one, other)
+    assert same(chosen, copied)
+    assert chosen.val_loss == copied.val_loss
 
 
 def test_members_stop_on_their_own_and_keep_their_best():
@@ -257,31 +265,34 @@ def test_constant_features_one_class_and_one_sample_are_fitted():
         ({"y": np.zeros(4, int)}, r"its labels \(4,\), expected"),
         ({"sample_weight": np.zeros(5)}, "all zero for member 0: it has no sample left"),
         ({"sample_weight": -np.ones(5)}, "none negative or NaN"),
-        ({"class_weight": np.ones(2)}, r"class_weight has shape \(2,\), expected \(3,\)"),
+        ({"rows": np.zeros(0, int)}, "No rows of X were chosen, expected at least 1"),
+        ({"X": np.ones((5, 0), np.float32)}, r"X has shape \(5, 0\)"),
         ({"X_val": np.ones((2, 3)), "y_val": np.zeros(2, int)}, "3 features, expected 2"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(change, message):
     given = {"X": np.ones((5, 2), np.float32), "y": np.arange(5) % 3} | change
 
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ValueError, match=message):
         fit_mlps(members=[MlpSetting((4,))], n_classes=3, training=QUICK, **given)
 
 
 def test_settings_that_do_not_fit_are_refused():
     X, y = blobs()
 
-    with pytest.raises(UsageError, match="dropout is 1"):
+    with pytest.raises(ValueError, match="dropout is 1"):
         MlpSetting(dropout=1.0)
-    with pytest.raises(UsageError, match="1 or more each"):
+    with pytest.raises(ValueError, match="1 or more each"):
         MlpSetting((0,))
-    with pytest.raises(UsageError, match="learning rate is nan"):
+    with pytest.raises(ValueError, match="lr is nan"):
         MlpSetting(lr=math.nan)
-    with pytest.raises(UsageError, match="0 epochs in batches of 256"):
+    with pytest.raises(ValueError, match="0 epochs in batches of 256"):
         Training(n_epochs=0)
-    with pytest.raises(UsageError, match="Unknown 'lion', expected one of adamw, sgd"):
+    with pytest.raises(ValueError, match="patience is 0, expected 1 or more"):
+        Training(patience=0)
+    with pytest.raises(ValueError, match="optimizer is 'lion', expected one of adamw, sgd"):
         Training(optimizer="lion")
-    with pytest.raises(UsageError, match="needs X_val and y_val"):
+    with pytest.raises(ValueError, match="needs X_val and y_val"):
         fit_mlps(X, y, [MlpSetting()], n_classes=3, training=Training(patience=2))
-    with pytest.raises(UsageError, match="but X has 12 features"):
+    with pytest.raises(ValueError, match="but X has 12 features"):
         fit_mlps(X, y, [MlpSetting(columns=((0, 13),))], n_classes=3, training=QUICK)

@@ -9,9 +9,17 @@ from sklearn.svm import LinearSVC
 
 from pipeline.heads.solvers.design import make_design
 from pipeline.heads.solvers.linear import fit_logistic, fit_svm
-from pipeline.heads.solvers.ridge import fit_ridge
+from pipeline.heads.solvers.ridge import fit_ridge, fit_ridge_folds
+from pipeline.heads.threads import one_thread_each
 
 GRID = np.logspace(-3, 2, 6)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Thread pools that wait for work hold each other up on problems as small as these."""
+    with one_thread_each():
+        yield
 
 
 def blobs(n_samples, n_features, n_classes, seed=0, dtype=np.float64):
@@ -281,6 +289,48 @@ def explicit_leave_one_out(X, y, alpha, weights):
         chosen = int(predicted[0] > 0) if len(predicted) == 1 else predicted.argmax()
         rights.append(chosen == y[i])
     return np.average(errors, weights=share), np.average(rights, weights=share)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_ridge_folds_are_the_fits_of_the_rest(n_classes):
+    X, y = blobs(60, 8, n_classes)
+    folds = np.arange(60) % 7 != np.arange(3)[:, None]
+    penalties = [10.0, 0.1]
+
+    together = fit_ridge_folds(X, y, penalties, sample_weight=folds)
+
+    assert together.converged.all()
+    for i, fold in enumerate(folds):
+        alone = fit_ridge(X[fold], y[fold], penalties)
+        np.testing.assert_allclose(together.coef[i], alone.coef, atol=1e-10)
+        np.testing.assert_allclose(together.intercept[i], alone.intercept, atol=1e-10)
+
+
+@pytest.mark.parametrize("fit", [fit_logistic, fit_svm])
+@pytest.mark.parametrize("shape", [(150, 12), (30, 60)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_features_that_are_not_turned_have_the_same_optimum(fit, shape, dtype):
+    X, y = blobs(*shape, 3, dtype=dtype)
+    weights = np.random.default_rng(4).uniform(0, 2, len(y))
+    grid = [1e-2, 1.0, 1e2]
+
+    turned = fit(make_design(X), y, grid, sample_weight=weights)
+    plain = fit(make_design(X, turn=False), y, grid, sample_weight=weights)
+
+    assert plain.converged.all()
+    np.testing.assert_allclose(plain.objective, turned.objective, rtol=1e-3)
+    np.testing.assert_allclose(plain.coef, turned.coef, atol=0.05)
+
+
+def test_three_folds_from_their_centre_end_where_each_alone_does():
+    X, y = blobs(120, 10, 3)
+    folds = np.arange(len(y)) % 5 != np.arange(4)[:, None]
+
+    together = fit_logistic(X, y, GRID, sample_weight=folds, tol=1e-9)
+
+    for i, fold in enumerate(folds):
+        alone = fit_logistic(X, y, GRID, sample_weight=fold, tol=1e-9)
+        np.testing.assert_allclose(together.objective[i], alone.objective[0], rtol=1e-7)
 
 
 def test_a_design_keeps_distances_in_as_many_dimensions_as_samples():

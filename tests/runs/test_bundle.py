@@ -189,7 +189,7 @@ def test_pickle_is_never_run(run, capsys):
         ({"head": "transformer"}, "Unknown head 'transformer'[^$]*Upgrade tlpipe"),
         ({"head": "../../x"}, "Unknown head"),
         ({"head": 3}, "'head' is 3, expected text"),
-        ({"params": {"penalty": 1}}, "no parameter 'penalty'"),
+        ({"params": {"colour": 1}}, "no parameter 'colour'"),
         ({"params": []}, "'params' is \\[\\], expected an object"),
         ({"classes": ["a", "b"]}, "but 2 are named"),
         ({"classes": [1, 2, 3]}, "expected strs"),

@@ -34,7 +34,7 @@ def test_raw_digits(tmp_path):
 
     run = fit_head(made)
 
-    assert run.metrics["top1"].value >= 0.95
+    assert run.metrics["top1"].value >= 0.94
     assert run.metrics["top1"].low > 0.9
     assert run.converged
     assert run.seconds["total"] < 60

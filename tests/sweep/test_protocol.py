@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError, TooFewSamplesError
-from pipeline.sweep.grids import GRIDS, describe_setting, edge_note
+from pipeline.heads import describe_setting
+from pipeline.sweep.grids import QUICK, edge_note
 from pipeline.sweep.protocol import plan_protocol
 from tests.heads.toy_stores import cycle, splits_of
 
@@ -117,12 +118,12 @@ def test_no_train_split_is_refused():
         plan(cycle("ab", 4), splits_of(0, 2, 2))
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", QUICK)
 def test_default_grids_are_small_and_valid(name):
     from pipeline.heads import make_head
 
-    assert len(GRIDS[name]) <= 8
-    for setting in GRIDS[name]:
+    assert len(QUICK[name]) <= 8
+    for setting in QUICK[name]:
         make_head(name, **setting).check_params()
 
 
@@ -140,7 +141,7 @@ def test_default_grids_are_small_and_valid(name):
     ],
 )
 def test_edge_of_the_grid_is_told(name, chosen, expected):
-    note = edge_note(chosen, GRIDS[name])
+    note = edge_note(chosen, QUICK[name])
 
     assert note is None if expected is None else note.endswith(expected)
 

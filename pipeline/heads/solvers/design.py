@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.heads.base import Array
+from pipeline.heads.solvers.targets import checked_features, checked_weights
 
 _BLOCK_BYTES = 2**26
 
 
 @dataclass(frozen=True)
 class Design:
-    """Features, centred and turned into the eigenbasis of their covariance.
+    """Features, centred and, where that pays, turned into the eigenbasis of their covariance.
 
     A penalty on the squared length of coefficients does not change under a rotation, and the
     intercept takes up a shift: problems solved here have the solutions of the original ones,
@@ -24,14 +24,15 @@ class Design:
 
     Attributes:
         values: (n_samples, rank + 1), the rotated features and a last column of ones.
-        basis: (n_features, rank) float64, orthonormal columns.
+        basis: (n_features, rank) float64, orthonormal columns; None where they were not turned,
+            and rank is n_features.
         mean: (n_features,) float64.
         eigenvalues: (rank,) float64, of the centred Gram matrix (weighted, where weights were
-            given), ascending.
+            given), ascending; where they were not turned, its diagonal.
     """
 
     values: Tensor
-    basis: Tensor
+    basis: Tensor | None
     mean: Tensor
     eigenvalues: Tensor
     _half: list[Tensor] = field(default_factory=list, repr=False)
@@ -44,7 +45,7 @@ class Design:
     @property
     def rank(self) -> int:
         """Dimensions that the features span."""
-        return self.basis.shape[1]
+        return self.values.shape[1] - 1
 
     def half(self) -> Tensor:
         """``values`` in bfloat16, made once; rounding is relative to each axis of the basis."""
@@ -61,15 +62,18 @@ class Design:
         Returns:
             (..., n_features) in the dtype of ``params``, and (...) float64.
         """
-        coef = params[..., :-1] @ self.basis.T.to(params.dtype)
-        shift = params[..., :-1].double() @ (self.mean @ self.basis)
+        coef = params[..., :-1]
+        shift = coef.double() @ (self.mean if self.basis is None else self.mean @ self.basis)
+        if self.basis is not None:
+            coef = coef @ self.basis.T.to(params.dtype)
         return coef, params[..., -1].double() - shift
 
     def from_original(self, coef: Tensor, intercept: Tensor) -> Tensor:
         """The way back: (..., rank + 1), in the dtype of ``values``."""
         coef = coef.double()
         last = (intercept + coef @ self.mean)[..., None]
-        return torch.cat([coef @ self.basis, last], dim=-1).to(self.values.dtype)
+        inner = coef if self.basis is None else coef @ self.basis
+        return torch.cat([inner, last], dim=-1).to(self.values.dtype)
 
 
 def make_design(
@@ -77,31 +81,29 @@ def make_design(
     *,
     sample_weight: Array | None = None,
     dtype: torch.dtype | None = None,
+    turn: bool = True,
     device: str | torch.device = "cpu",
 ) -> Design:
-    """Centre and rotate features.
+    """Centre features and turn them into their eigenbasis.
 
     Args:
         X: (n_samples, n_features), float32 or float64.
         sample_weight: (n_samples,), ≥ 0, or None for equal ones; it decides the centre and the
             eigenbasis, and is no part of the rows.
         dtype: of the rows; that of X by default.
+        turn: False to only centre them: few problems do not earn an eigendecomposition back.
         device: where problems on it are solved.
 
     Raises:
         ValueError: X is not a matrix with a row and a column, or not finite; weights that do
             not fit.
     """
-    X = np.asarray(X)
-    if X.ndim != 2 or 0 in X.shape:
-        raise ValueError(f"X has shape {X.shape}, expected (n_samples, n_features), both above 0")
-    if X.dtype not in (np.float32, np.float64):
-        X = X.astype(np.float64)
-    if not np.isfinite(X).all():
-        n_bad = int((~np.isfinite(X)).sum())
-        raise ValueError(f"X holds NaN or infinity in {n_bad:,} places, expected finite numbers")
+    X = checked_features(X)
     rows = torch.from_numpy(np.require(X, requirements=["C", "W"])).to(device)
-    weights = _checked_weights(sample_weight, len(X), rows.device)
+    weights = torch.ones(len(X), dtype=torch.float64)
+    if sample_weight is not None:
+        weights = torch.tensor(checked_weights(sample_weight, len(X)))
+    weights = weights.to(rows.device)
     n_samples, n_features = X.shape
     blocks = torch.split(
         torch.arange(n_samples, device=rows.device), max(1, _BLOCK_BYTES // (8 * n_features))
@@ -111,6 +113,14 @@ def make_design(
         mean += weights[block] @ rows[block].double()
     mean /= weights.sum()
     dtype = dtype or rows.dtype
+    if not turn:
+        values = torch.ones(n_samples, n_features + 1, dtype=dtype, device=device)
+        diagonal = torch.zeros_like(mean)
+        for block in blocks:
+            centred = (rows[block].double() - mean).to(dtype)
+            diagonal += weights[block].to(dtype) @ centred.square()
+            values[block, :-1] = centred
+        return Design(values, None, mean, diagonal)
     eigenvalues, basis = _eigenbasis(rows, mean, weights, list(blocks), dtype)
     values = torch.ones(n_samples, basis.shape[1] + 1, dtype=dtype, device=device)
     for block in blocks:
@@ -138,15 +148,3 @@ def _eigenbasis(
     span, scores = torch.linalg.qr((rows.double() - mean).T)
     eigenvalues, turn = torch.linalg.eigh((scores * weights) @ scores.T)
     return eigenvalues.clamp(min=0), span @ turn
-
-
-def _checked_weights(sample_weight: Any, n_samples: int, device: torch.device) -> Tensor:
-    """(n_samples,) float64; ones where none were given."""
-    if sample_weight is None:
-        return torch.ones(n_samples, dtype=torch.float64, device=device)
-    weights = np.asarray(sample_weight, dtype=np.float64)
-    if weights.shape != (n_samples,):
-        raise ValueError(f"sample_weight has shape {weights.shape}, expected ({n_samples},)")
-    if not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
-        raise ValueError("sample_weight must be finite, not negative, and not all zero")
-    return torch.tensor(weights, device=device)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pipeline.heads.base import Array
@@ -18,10 +18,14 @@ from pipeline.heads.solvers.targets import (
     checked_folds,
     checked_penalties,
     class_indices,
+    label_weights,
     signs_of,
 )
 
 Floats = NDArray[np.float64]
+_FOLDS_WITH_A_CENTRE = 3
+_CENTRE_TOL = 1e-2
+_FEW_PROBLEMS = 2
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Solution:
 def fit_logistic(
     X: Array | Design,
     y: Array,
-    C: Array,
+    C: ArrayLike,
     *,
     sample_weight: Array | None = None,
     start: Solution | None = None,
@@ -82,7 +86,7 @@ def fit_logistic(
     Raises:
         ValueError: fewer than two classes, in all or in a fold; X with NaN; values out of range.
     """
-    design = X if isinstance(X, Design) else make_design(X, device=device)
+    design = _design(X, C, sample_weight, device)
     truth, n_classes = class_indices(y, design.n_samples)
     weights = checked_folds(sample_weight, design.n_samples, truth)
     n_folds = 1 if weights is None else len(weights)
@@ -99,7 +103,7 @@ def fit_logistic(
 def fit_svm(
     X: Array | Design,
     y: Array,
-    C: Array,
+    C: ArrayLike,
     *,
     sample_weight: Array | None = None,
     start: Solution | None = None,
@@ -120,7 +124,7 @@ def fit_svm(
     Raises:
         ValueError: fewer than two classes, in all or in a fold; X with NaN; values out of range.
     """
-    design = X if isinstance(X, Design) else make_design(X, device=device)
+    design = _design(X, C, sample_weight, device)
     truth, n_classes = class_indices(y, design.n_samples)
     weights = checked_folds(sample_weight, design.n_samples, truth)
     n_folds = 1 if weights is None else len(weights)
@@ -129,6 +133,70 @@ def fit_svm(
     loss = Binary(signs.repeat(1, n_folds)[:, :, None], hinge=True)
     lanes = Lanes(loss, _columns(weights, n_outputs, design), n_folds * n_outputs, n_outputs)
     return _solve(design, lanes, n_folds, C, start, tol, max_iter)
+
+
+def fit_logistic_multilabel(
+    X: Array | Design,
+    y: Array,
+    C: ArrayLike,
+    *,
+    sample_weight: Array | None = None,
+    tol: float = 1e-4,
+    max_iter: int = 100,
+    device: str | torch.device = "cpu",
+) -> Solution:
+    """Solve a two-class :func:`fit_logistic` of every label, all labels and C together.
+
+    Where the known values of a label are all alike, its coefficients are zero and its intercept
+    is Laplace's rule of succession: odds of 1 + (their summed weight) to 1.
+
+    Args:
+        X, C, tol, max_iter, device: as for :func:`fit_logistic`.
+        y: (n_samples, n_labels) of 0 and 1; NaN where a label of a sample is not known.
+        sample_weight: (n_samples,), ≥ 0.
+
+    Returns:
+        A solution of one fold, with an output a label; objectives are summed over those labels
+        that have both values.
+
+    Raises:
+        ValueError: X with NaN; values out of range; a label of which nothing is known.
+    """
+    design = _design(X, C, None, device)
+    labels = np.asarray(y, dtype=np.float64)
+    weights = label_weights(labels, design.n_samples, sample_weight)
+    given = checked_penalties(C, "C")
+    totals = weights.sum(axis=0)
+    positive = (weights * (labels == 1)).sum(axis=0)
+    varied = np.flatnonzero((positive > 0) & (((labels == 0) * weights) > 0).any(axis=0))
+    values = design.values
+    constant = np.where(positive > 0, 1.0, -1.0) * np.log1p(totals)
+    intercept = np.tile(constant, (1, len(given), 1))
+    coef = values.new_zeros((*intercept.shape, len(design.mean))).cpu().numpy()
+    if not len(varied):
+        nothing = np.zeros((1, len(given)))
+        return Solution(given, coef, intercept, nothing, nothing, nothing.astype(int), nothing == 0)
+    signs = torch.tensor(2 * labels[:, varied] - 1, dtype=values.dtype, device=values.device)
+    signs = signs.nan_to_num_(nan=1.0)
+    lanes = Lanes(
+        Binary(signs[:, :, None], hinge=False),
+        torch.tensor(weights[:, varied], dtype=values.dtype, device=values.device),
+        len(varied),
+        len(varied),
+    )
+    found = _solve(design, lanes, 1, given, None, tol, max_iter)
+    coef[:, :, varied], intercept[:, :, varied] = found.coef, found.intercept
+    return replace(found, coef=coef, intercept=intercept, _path=None)
+
+
+def _design(
+    X: Array | Design, C: Any, sample_weight: Array | None, device: str | torch.device
+) -> Design:
+    """The design that was given, or a new one; turned where it serves many problems."""
+    if isinstance(X, Design):
+        return X
+    n_folds = 1 if sample_weight is None else len(np.atleast_2d(sample_weight))
+    return make_design(X, turn=np.size(C) * n_folds > _FEW_PROBLEMS, device=device)
 
 
 def _columns(weights: Floats | None, n_outputs: int, design: Design) -> Tensor | None:
@@ -155,6 +223,15 @@ def _solve(
         raise ValueError("start was solved for other values of C, expected the same")
     base = None if start is None else start._path
     penalties = torch.tensor(1 / distinct, device=design.values.device)
+    if base is None and n_folds >= _FOLDS_WITH_A_CENTRE:
+        base = solve_path(
+            design,
+            lanes.centre(),
+            penalties,
+            start=None,
+            tol=max(tol, _CENTRE_TOL),
+            max_iter=max_iter,
+        )
     path = solve_path(design, lanes, penalties, start=base, tol=tol, max_iter=max_iter)
     coef, intercept = design.to_original(path.params)
 

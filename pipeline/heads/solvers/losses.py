@@ -121,7 +121,7 @@ class Binary:
 
     def strength(self, bend: Tensor) -> Tensor:
         """The second derivative itself."""
-        return bend[:, :, 0]
+        return bend[:, :, 0].clone()
 
     def select(self, problems: Tensor) -> Binary:
         """Their own targets."""

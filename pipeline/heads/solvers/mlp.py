@@ -25,9 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from pipeline.errors import DataError, UsageError
 from pipeline.heads.solvers.mlp_setting import FittedMlp, MlpSetting, Training
-from pipeline.heads.solvers.samples import Samples, as_float32, class_factors, columns_of, mean_one
+from pipeline.heads.solvers.samples import Samples, as_float32, columns_of
 
 __all__ = ["FittedMlp", "MlpSetting", "Training", "fit_mlps", "mlp_logits"]
 
@@ -47,16 +46,18 @@ def fit_mlps(
     *,
     n_classes: int,
     training: Training | None = None,
+    rows: Array | None = None,
+    sample_weight: Array | None = None,
     X_val: Array | Tensor | None = None,
     y_val: Array | None = None,
-    sample_weight: Array | None = None,
+    val_rows: Array | None = None,
     val_weight: Array | None = None,
-    class_weight: Array | None = None,
 ) -> list[FittedMlp]:
     """Train every member on the weighted cross-entropy; with validation samples, keep the best.
 
-    A fold is a pair of weights: with ``X_val`` the same as X, a member that must not see a sample
-    gives it weight 0 in ``sample_weight`` and 1 in ``val_weight``.
+    A fold of all members is ``rows`` of X, and ``val_rows`` of the same X; nothing is copied, and
+    it is as if X had no other rows. Where members differ in their folds, a fold is a pair of
+    weights: of 0 in ``sample_weight`` and 1 in ``val_weight`` for a sample that must not be seen.
 
     Args:
         X: (n_samples, n_features), or (n_samples, n_views, n_features): then each step draws one
@@ -65,52 +66,53 @@ def fit_mlps(
         members: the networks.
         n_classes: outputs of each.
         training: what the members share.
+        rows: of X that train, in an order that the seed is applied to; None for all.
+        sample_weight: (n_samples,), or (n_members, n_samples).
         X_val: samples that choose the epoch, likewise; of several views the first is taken.
         y_val: (n_val,).
-        sample_weight: (n_samples,), or (n_members, n_samples).
+        val_rows: of X_val; None for all.
         val_weight: (n_val,), or (n_members, n_val).
-        class_weight: (n_classes,), times the weights of the samples that train.
 
     Returns:
         One a member, in their order. A member that blew up says so in ``failure``; the others are
         as if it had not been there.
 
     Raises:
-        DataError: no samples, values that are not finite, labels or weights that do not fit.
-        UsageError: patience without validation samples, or columns that X does not have.
+        ValueError: no samples, values that are not finite, labels, weights or columns that do not
+            fit, or patience without validation samples.
     """
     training = training or Training()
-    n_members = len(members)
-    train = Samples.check("X", X, y, sample_weight, n_members, n_classes)
-    if class_weight is not None:
-        train.weights = train.weights * class_factors(class_weight, train.y, n_classes)
-    train.weights = mean_one(train.weights, "X")
+    device, n_members = torch.device(training.device), len(members)
+    train = Samples.check("X", X, y, rows, sample_weight, n_members, n_classes).to(device)
+    n_features = train.x.shape[-1]
     val = None
     if X_val is not None and y_val is not None:
-        val = Samples.check("X_val", X_val, y_val, val_weight, n_members, n_classes)
-        val.x = val.x[:, 0] if val.x.ndim == 3 else val.x
-        val.weights = mean_one(val.weights, "X_val")
+        val = Samples.check("X_val", X_val, y_val, val_rows, val_weight, n_members, n_classes)
+        val = replace(val, x=train.x) if X_val is X else val.to(device)
+        if val.x.shape[-1] != n_features:
+            raise ValueError(
+                f"X_val has {val.x.shape[-1]} features, expected {n_features} as X has"
+            )
     elif training.patience is not None:
-        raise UsageError("Early stopping (patience) needs X_val and y_val.")
-    n_features = train.x.shape[-1]
-    if val is not None and val.x.shape[-1] != n_features:
-        raise DataError(f"X_val has {val.x.shape[-1]} features, expected {n_features} as X has.")
-    # Several stacks at a time, one thread each: threads that share each small product would wait
-    # for one another at its end, and badly so where other programs use the processor too.
-    n_threads = torch.get_num_threads() if torch.device(training.device).type == "cpu" else 1
+        raise ValueError("Early stopping (patience) needs X_val and y_val")
+    # Several stacks at a time, one thread each, and one for a single stack too: threads that share
+    # each small product wait for one another at its end. Beside other programs, two were seen to
+    # take seven times as long as one.
+    n_threads = torch.get_num_threads()
+    n_jobs = n_threads if device.type == "cpu" else 1
+    groups = list(_groups(members, n_features, n_classes, n_parts=n_jobs))
 
     def train_group(group: NDArray[np.intp]) -> dict[int, FittedMlp]:
-        if n_threads > 1:
+        if device.type == "cpu":
             torch.set_num_threads(1)
         stack = _Stack.start(members, group, n_features, n_classes, training)
         return _train(stack, train, val, training)
 
-    groups = _groups(members, n_features, n_classes, n_parts=n_threads)
     try:
-        parts = Parallel(n_jobs=n_threads, prefer="threads")(map(delayed(train_group), groups))
+        n_jobs = min(n_jobs, len(groups))
+        parts = Parallel(n_jobs=n_jobs, prefer="threads")(map(delayed(train_group), groups))
     finally:
-        if n_threads > 1:
-            torch.set_num_threads(n_threads)
+        torch.set_num_threads(n_threads)
     fitted = {i: model for part in parts for i, model in part.items()}
     return [fitted[i] for i in range(n_members)]
 
@@ -162,7 +164,7 @@ def _groups(
         by_shape[setting.hidden, setting.columns].append(i)
     for (hidden, columns), group in by_shape.items():
         if any(not 0 <= start < stop <= n_features for start, stop in columns):
-            raise UsageError(f"A member sees columns {columns}, but X has {n_features} features.")
+            raise ValueError(f"A member sees columns {columns}, but X has {n_features} features")
         widths = [_n_inputs(columns, n_features), *hidden, n_classes]
         member_bytes = 4 * _STATES * sum(a * b for a, b in pairwise(widths))
         n_stacks = max(n_parts, math.ceil(len(group) * member_bytes / _STACK_BYTES))
@@ -424,9 +426,9 @@ def _train(
     smoothing = _smoothing(stack, device)
     batches = _Batches(train, training)
     for epoch in range(1, training.n_epochs + 1):
-        for step, rows, x, y in batches.epoch(epoch, stack.settings[0].columns, device):
+        for step, places, x, y in batches.epoch(epoch, stack.settings[0].columns, device):
             activations = stack.forward(x, noisy=True)
-            batch_weights = weights[:, rows.to(device)] / len(rows)
+            batch_weights = weights[:, places.to(device)] / len(places)
             by_score = _score_gradient(activations[-1], y, batch_weights, smoothing)
             stack.backward(x, activations, by_score, optimizer.gradients)
             optimizer.step(training.lr_factor(step, batches.n_steps))
@@ -462,25 +464,26 @@ class _Batches:
     training: Training
 
     def __post_init__(self) -> None:
-        self.n_samples = len(self.samples.x)
-        self.n_batches = math.ceil(self.n_samples / self.training.batch_size)
+        self.n_batches = math.ceil(len(self.samples) / self.training.batch_size)
         self.n_steps = self.n_batches * self.training.n_epochs
-        self.generator = torch.Generator().manual_seed(self.training.seed)
+        self.order = torch.Generator().manual_seed(self.training.seed)
+        self.views = torch.Generator().manual_seed(self.training.seed + 1)
 
     def epoch(
         self, epoch: int, columns: tuple[tuple[int, int], ...], device: torch.device
     ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Yield (step, rows, x, y) of each batch."""
+        """Yield (step, places among the samples, x, y) of each batch."""
         x, y = self.samples.x, self.samples.y
-        order = torch.randperm(self.n_samples, generator=self.generator)
+        order = torch.randperm(len(self.samples), generator=self.order)
         step = (epoch - 1) * self.n_batches
-        for rows in torch.split(order, self.training.batch_size):
+        for places in torch.split(order, self.training.batch_size):
+            rows = self.samples.rows_at(places)
             if x.ndim == 3:
-                views = torch.randint(x.shape[1], (len(rows),), generator=self.generator)
-                batch = x[rows.to(x.device), views.to(x.device)]
+                views = torch.randint(x.shape[1], (len(places),), generator=self.views)
+                batch = x[rows, views.to(x.device)]
             else:
-                batch = x[rows.to(x.device)]
-            yield step, rows, columns_of(batch, columns).to(device), y[rows].to(device)
+                batch = x[rows]
+            yield step, places, columns_of(batch, columns).to(device), y[places].to(device)
             step += 1
 
 
@@ -504,12 +507,15 @@ def _val_losses(stack: _Stack, val: Samples, weights: Tensor) -> Tensor:
     """Mean negative log-likelihood of each member, nats: (n_members,) float64."""
     device = weights.device
     total = torch.zeros(len(stack.settings), dtype=torch.float64, device=device)
-    for rows in stack.blocks(len(val.x)):
-        scores = stack.score(columns_of(val.x[rows].to(device), stack.settings[0].columns))
-        truth = val.y[rows].to(device)[None, :, None].expand(len(scores), -1, 1)
+    plain = val.x[:, 0] if val.x.ndim == 3 else val.x
+    everyone = torch.arange(len(val))
+    for block in stack.blocks(len(val)):
+        x = plain[val.rows_at(everyone[block])]
+        scores = stack.score(columns_of(x, stack.settings[0].columns).to(device))
+        truth = val.y[block].to(device)[None, :, None].expand(len(scores), -1, 1)
         losses = scores.logsumexp(dim=2) - scores.gather(2, truth)[:, :, 0]
-        total += (losses * weights[:, rows]).sum(dim=1, dtype=torch.float64)
-    return total / len(val.x)
+        total += (losses * weights[:, block]).sum(dim=1, dtype=torch.float64)
+    return total / len(val)
 
 
 def _result(

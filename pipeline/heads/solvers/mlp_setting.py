@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.errors import UsageError
-
 OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -40,16 +38,16 @@ class MlpSetting:
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
         if not (0 <= self.dropout < 1 and 0 <= self.label_smoothing < 1):
-            raise UsageError(
+            raise ValueError(
                 f"dropout is {self.dropout:g} and label smoothing {self.label_smoothing:g}, "
-                "expected 0 or more and below 1."
+                "expected 0 or more and below 1"
             )
         if any(width < 1 for width in self.hidden):
-            raise UsageError(f"Hidden layers of {self.hidden} units, expected 1 or more each.")
+            raise ValueError(f"hidden layers of {self.hidden} units, expected 1 or more each")
         if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf):
-            raise UsageError(
-                f"The learning rate is {self.lr:g} and the weight decay {self.weight_decay:g}, "
-                "expected above 0, and 0 or more."
+            raise ValueError(
+                f"lr is {self.lr:g} and weight_decay {self.weight_decay:g}, "
+                "expected a number above 0, and one of 0 or more"
             )
 
 
@@ -83,13 +81,17 @@ class Training:
     def __post_init__(self) -> None:
         """Refuse what cannot be done."""
         if self.n_epochs < 1 or self.batch_size < 1 or not 0 <= self.warmup < 1:
-            raise UsageError(
+            raise ValueError(
                 f"{self.n_epochs} epochs in batches of {self.batch_size} with a warm-up of "
-                f"{self.warmup:g}, expected 1 or more, 1 or more, and 0 or more and below 1."
+                f"{self.warmup:g}, expected 1 or more, 1 or more, and 0 or more and below 1"
             )
-        for value, known in ((self.optimizer, OPTIMIZERS), (self.precision, PRECISIONS)):
-            if value not in known:
-                raise UsageError(f"Unknown {value!r}, expected one of {', '.join(known)}.")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is {self.patience}, expected 1 or more epochs")
+        for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
+                )
 
     @property
     def dtype(self) -> torch.dtype:

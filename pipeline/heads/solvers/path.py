@@ -29,6 +29,7 @@ from pipeline.heads.solvers.newton import (
 _COARSE = math.log(12)
 _ROUGH = 1e-2
 _MANY_PRODUCTS = 8
+_EIGH = 15  # cubes of the width that an eigendecomposition costs
 _BATCH_BYTES = {"cpu": 2**25, "cuda": 2**31}
 
 
@@ -47,6 +48,14 @@ class Lanes:
     weights: Tensor | None
     n_lanes: int
     n_targets: int = 1
+
+    def centre(self) -> Lanes:
+        """One fold instead of all, with their mean weights: near each of them."""
+        n_targets = self.n_targets
+        weights = self.weights
+        if weights is not None:
+            weights = weights.reshape(len(weights), -1, n_targets).mean(dim=1)
+        return Lanes(self.loss.select(torch.arange(n_targets)), weights, n_targets, n_targets)
 
 
 @dataclass(frozen=True)
@@ -126,17 +135,17 @@ class _PathSolver:
         """Solve every stride-th penalty, the strongest first."""
         points = sorted({*range(0, len(self.at), self.stride), len(self.at) - 1})
         if self.base is not None:
-            change = torch.zeros_like(self.params[0])
+            known: list[int] = []
             for i in points:
-                self.solve_points([i], [self.base_of(i) + change])
-                change = self.params[i] - self.base_of(i)
+                self.solve_points([i], [self.between(known, i)])
+                known.append(i)
             return
         solved: list[int] = []
         n_targets = self.lanes.n_targets
         self.anchors, self.anchor_at = [plain_anchor(self.design)] * n_targets, [self.at[0]]
         for i in points:
             n_products = self.solve_points([i], [self.ahead(solved, i)], tol=max(self.tol, _ROUGH))
-            if n_products > _MANY_PRODUCTS:
+            if n_products > self.many_products():
                 fresh = self.anchors_of(i)
                 # Strong penalties make do with the design's own axes.
                 self.anchors, self.anchor_at = (
@@ -145,6 +154,15 @@ class _PathSolver:
                 )
             self.solve_points([i], [self.params[i]])
             solved.append(i)
+
+    def many_products(self) -> float:
+        """Products with the Hessian in a step that a new anchor is worth."""
+        if self.design.basis is not None:
+            return _MANY_PRODUCTS
+        # Few problems on features as they came: count what the anchor costs, in products.
+        n, d = self.design.n_samples, self.design.rank
+        columns = self.lanes.n_lanes * self.lanes.loss.n_outputs
+        return max(_MANY_PRODUCTS, (d + _EIGH * d * d / n) / (4 * columns))
 
     def fine(self) -> None:
         """Halve the stride until all is solved."""
@@ -175,12 +193,17 @@ class _PathSolver:
         return torch.where(better[:, None, None], line, last)
 
     def between(self, known: Sequence[int], i: int) -> Tensor:
-        """The cubic through two solutions on either side, or as many as there are."""
+        """The cubic through two solutions on either side, or as many as there are.
+
+        With a start that was given it goes through what they differ from it.
+        """
         below = [j for j in known if j < i][-2:]
         above = [j for j in known if j > i][:2]
         nodes = [*below, *above]
         if self.base is None:
             return self.curve_through(nodes, i)
+        if not nodes:
+            return self.base_of(i)
         rest = [self.params[j] - self.base_of(j) for j in nodes]
         return self.base_of(i) + _lagrange(self.at, nodes, rest, i)
 

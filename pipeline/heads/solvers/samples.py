@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,16 +10,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import DataError
-
 Array = NDArray[Any]
 
 
 @dataclass
 class Samples:
-    """x (n, n_features) or (n, n_views, n_features); y (n,); weights (1 or n_members, n)."""
+    """Some rows of a matrix, without a copy of them.
+
+    Attributes:
+        x: (n_rows, n_features) or (n_rows, n_views, n_features), all rows.
+        rows: (n,) of x; None for all of them.
+        y: (n,) class indices.
+        weights: (1 or n_members, n), each row of a mean of one.
+    """
 
     x: Tensor
+    rows: Tensor | None
     y: Tensor
     weights: NDArray[np.float64]
 
@@ -29,31 +35,66 @@ class Samples:
         name: str,
         X: Array | Tensor,
         y: Array,
+        rows: Array | None,
         weights: Array | None,
         n_members: int,
         n_classes: int,
     ) -> Samples:
-        """Samples that fit together, or DataError."""
+        """Samples that fit together.
+
+        Args:
+            name: of X, for people.
+            X: all rows.
+            y: (n_rows,).
+            rows: those that are meant; None for all.
+            weights: (n_rows,) or (n_members, n_rows); None for ones.
+            n_members: networks of the call.
+            n_classes: labels are below it.
+
+        Raises:
+            ValueError: no rows, values that are not finite, labels or weights that do not fit.
+        """
         x = as_float32(X)
         labels = np.asarray(y)
-        if x.ndim not in (2, 3) or not len(x) or labels.shape != (len(x),):
-            raise DataError(
+        if x.ndim not in (2, 3) or not x.numel() or labels.shape != (len(x),):
+            raise ValueError(
                 f"{name} has shape {tuple(x.shape)} and its labels {labels.shape}, expected "
-                "(n_samples, n_features) or (n_samples, n_views, n_features), and (n_samples,)."
+                "(n_samples, n_features) or (n_samples, n_views, n_features), and (n_samples,)"
             )
         check_finite(name, x)
-        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= n_classes:
-            raise DataError(
-                f"The labels of {name} are {labels.dtype} from {labels.min()} to {labels.max()}, "
-                f"expected class indices from 0 to {n_classes - 1}."
-            )
         table = np.atleast_2d(np.asarray(np.ones(len(x)) if weights is None else weights, float))
         if table.shape not in {(1, len(x)), (n_members, len(x))} or not (table >= 0).all():
-            raise DataError(
+            raise ValueError(
                 f"The weights of {name} have shape {table.shape}, expected ({len(x)},) or "
-                f"({n_members}, {len(x)}), none negative or NaN."
+                f"({n_members}, {len(x)}), none negative or NaN"
             )
-        return cls(x, torch.tensor(labels.astype(np.int64)), table)
+        if rows is not None:
+            labels, table = labels[rows], table[:, rows]
+        if not len(labels):
+            raise ValueError(f"No rows of {name} were chosen, expected at least 1")
+        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= n_classes:
+            raise ValueError(
+                f"The labels of {name} are {labels.dtype} from {labels.min()} to {labels.max()}, "
+                f"expected class indices from 0 to {n_classes - 1}"
+            )
+        chosen = None if rows is None else torch.from_numpy(np.array(rows, np.int64, order="C"))
+        return cls(x, chosen, torch.tensor(labels.astype(np.int64)), mean_one(table, name))
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def rows_at(self, places: Tensor) -> Tensor:
+        """Rows of x of some places (n,) among the samples, where x lies."""
+        rows = places if self.rows is None else self.rows[places]
+        return rows.to(self.x.device)
+
+    def to(self, device: torch.device) -> Samples:
+        """The same with x on a GPU, if it takes no more than half of what is free there."""
+        if device.type != "cuda" or self.x.device == device:
+            return self
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        fits = self.x.numel() * self.x.element_size() * 2 <= free_bytes
+        return replace(self, x=self.x.to(device)) if fits else self
 
     def weights_of(self, members: NDArray[np.intp], device: torch.device) -> Tensor:
         """(1 or n_members, n), float32."""
@@ -72,37 +113,25 @@ def check_finite(name: str, x: Tensor) -> None:
     """Refuse NaN and infinity.
 
     Raises:
-        DataError: how many rows have one, and the first of them.
+        ValueError: how many rows have one, and the first of them.
     """
     # A sum is finite only if all its terms are; it needs no table of the size of x.
     sums = x.flatten(1).sum(dim=1, dtype=torch.float64)
     bad = (~torch.isfinite(sums)).nonzero().flatten()
     if len(bad):
-        raise DataError(
+        raise ValueError(
             f"{len(bad):,} of {len(x):,} rows of {name} hold NaN or infinity (the first is row "
             f"{int(bad[0])}), expected finite features. Look for damage with: tlpipe verify STORE"
         )
 
 
-def class_factors(class_weight: Array, y: Tensor, n_classes: int) -> NDArray[np.float64]:
-    """The weight of each sample's class (n,), or DataError."""
-    factors = np.asarray(class_weight, dtype=np.float64)
-    if factors.shape != (n_classes,) or not (factors >= 0).all():
-        raise DataError(
-            f"class_weight has shape {factors.shape}, expected ({n_classes},), none negative or "
-            "NaN."
-        )
-    result: NDArray[np.float64] = factors[y.numpy()]
-    return result
-
-
 def mean_one(weights: NDArray[np.float64], name: str) -> NDArray[np.float64]:
-    """Rows of weights scaled to a mean of one, or DataError where one is all zero."""
+    """Rows of weights scaled to a mean of one, or ValueError where one is all zero."""
     means = weights.mean(axis=1, keepdims=True)
     if not (means > 0).all() or not np.isfinite(means).all():
-        raise DataError(
+        raise ValueError(
             f"The weights of {name} are all zero for member {int((~(means > 0)).argmax())}: "
-            "it has no sample left."
+            "it has no sample left"
         )
     result: NDArray[np.float64] = weights / means
     return result

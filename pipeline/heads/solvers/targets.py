@@ -1,4 +1,4 @@
-"""What every solver checks of labels, weights and penalties."""
+"""What every solver checks of features, labels, weights and penalties."""
 
 from __future__ import annotations
 
@@ -10,6 +10,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.heads.base import Array
+
+
+def checked_features(X: Array) -> Array:
+    """X as a matrix of float32 or float64.
+
+    Raises:
+        ValueError: no matrix with a row and a column, or a value that is not finite.
+    """
+    X = np.asarray(X)
+    if X.ndim != 2 or 0 in X.shape:
+        raise ValueError(f"X has shape {X.shape}, expected (n_samples, n_features), both above 0")
+    if X.dtype not in (np.float32, np.float64):
+        X = X.astype(np.float64)
+    if not np.isfinite(X).all():
+        n_bad = int((~np.isfinite(X)).sum())
+        raise ValueError(f"X holds NaN or infinity in {n_bad:,} places, expected finite numbers")
+    return X
 
 
 def class_indices(
@@ -43,6 +60,44 @@ def signs_of(truth: NDArray[np.int64], n_classes: int, dtype: torch.dtype) -> Te
     if n_classes == 2:
         return (2 * index[:, None] - 1).to(dtype)
     return (2 * torch.nn.functional.one_hot(index, n_classes) - 1).to(dtype)
+
+
+def label_weights(
+    labels: NDArray[np.float64], n_samples: int, sample_weight: Array | None
+) -> NDArray[np.float64]:
+    """Weight of every label of every sample (n_samples, n_labels), 0 where it is NaN.
+
+    Raises:
+        ValueError: labels other than 0, 1 and NaN, or a label of which nothing is known; weights
+            that do not fit.
+    """
+    if labels.ndim != 2 or len(labels) != n_samples or not labels.shape[1]:
+        raise ValueError(f"y has shape {labels.shape}, expected ({n_samples}, n_labels)")
+    known = ~np.isnan(labels)
+    odd = labels[known & (labels != 0) & (labels != 1)]
+    if len(odd):
+        raise ValueError(f"y holds {odd[0]:g}, expected 0, 1 or NaN for what is not known")
+    weights = known.astype(np.float64)
+    if sample_weight is not None:
+        weights *= checked_weights(sample_weight, n_samples)[:, None]
+    unknown = np.flatnonzero(weights.sum(axis=0) == 0)
+    if len(unknown):
+        raise ValueError(f"Label {unknown[0]} of y is known of no sample with a weight above 0")
+    return weights
+
+
+def checked_weights(sample_weight: Any, n_samples: int) -> NDArray[np.float64]:
+    """(n_samples,) float64.
+
+    Raises:
+        ValueError: another shape; a weight below zero or not finite, or all of them zero.
+    """
+    weights = np.asarray(sample_weight, dtype=np.float64)
+    if weights.shape != (n_samples,):
+        raise ValueError(f"sample_weight has shape {weights.shape}, expected ({n_samples},)")
+    if not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
+        raise ValueError("sample_weight must be finite, not negative, and not all zero")
+    return weights
 
 
 def checked_penalties(values: Any, name: str) -> NDArray[np.float64]:

@@ -1,0 +1,142 @@
+"""What `fit-head`, `sweep` and `bench-heads` share: options, and how trials are told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from pipeline.commands.console import Console, format_seconds, printable
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipeline.sweep.trials import Trial
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+stores_argument = click.argument(
+    "stores", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="STORE…"
+)
+
+
+def data_options(function: F) -> F:
+    """Add ``--label``, ``--group-column``, ``--select``, ``--seed`` and ``--out``."""
+    for option in (
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path),
+            help="Folder to make the run's folder in.  [default: runs/<data source>]",
+        ),
+        click.option(
+            "--seed",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Decides held-out parts, gradient steps and intervals.",
+        ),
+        click.option(
+            "--select",
+            "metric",
+            default="top1",
+            show_default=True,
+            help="What chooses: top1, macro_f1, mean_per_class_accuracy or nll.",
+        ),
+        click.option(
+            "--group-column",
+            "groups",
+            help="Column of samples that belong together (patients, scenes): none is ever parted.",
+        ),
+        click.option("--label", help="Label column to learn, where the store has several."),
+    ):
+        function = option(function)
+    return function
+
+
+def plan_options(function: F) -> F:
+    """Add what `sweep` and `bench-heads` have in common beyond :func:`data_options`."""
+    for option in (
+        click.option(
+            "--resume",
+            is_flag=True,
+            help="Take up the trials of a sweep of the same data that was interrupted.",
+        ),
+        click.option(
+            "--repeats",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            help="Do all of it with this many seeds; the table then shows mean and interval.",
+        ),
+        click.option(
+            "--time-budget",
+            metavar="TIME",
+            help="Start no new trials after this long: 90s, 10m, 2h.",
+        ),
+        click.option(
+            "--trials",
+            "n_trials",
+            type=click.IntRange(min=1),
+            help="Candidates of each head, where --search draws them.  [default: 30]",
+        ),
+        click.option(
+            "--search",
+            default="grid",
+            show_default=True,
+            help="grid, random, or optuna (needs the extra tune).",
+        ),
+        click.option(
+            "--param",
+            "params",
+            multiple=True,
+            metavar="NAME=VALUES",
+            help="Values instead of the grid's: C=1e-4:1e4:30, k=1,5,20, mlp.hidden=256,512x256.",
+        ),
+        click.option(
+            "--scaling",
+            "scalings",
+            help="Comma-separated: standardise, l2, none; auto tries what may suit each head.  "
+            "[default: what suits the head]",
+        ),
+        click.option(
+            "--layers",
+            multiple=True,
+            help="each, all, auto (chosen on validation), or layers with commas between them; "
+            "may be given several times.  [default: penultimate, or all]",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def parse_seconds(text: str | None) -> float | None:
+    """``"10m"`` -> 600.0.
+
+    Raises:
+        UsageError: it is no time.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(s|m|min|h)?", text.strip())
+    if not match or not float(match[1]):
+        raise UsageError(f"--time-budget {text!r}: expected a time such as 90s, 10m or 2h.")
+    return float(match[1]) * {"m": 60, "min": 60, "h": 3600}.get(match[2] or "s", 1)
+
+
+def split_commas(text: str | None) -> list[str]:
+    """``"a, b"`` -> its parts; [] for None."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def tell_trial(console: Console, trial: Trial, metric: str, *, with_head: bool = False) -> None:
+    """A line about one trial, on stderr."""
+    found = (
+        f"failed: {trial.failure}"
+        if trial.failure
+        else f"{metric.replace('top1', 'top-1')} {trial.scores[metric]:.3f}"
+    )
+    what = trial.candidate.describe(with_layers=with_head, with_scaling=with_head)
+    head = f"{trial.candidate.head}, " if with_head else ""
+    console.note(printable(f"  {head}{what}: {found}, {format_seconds(trial.seconds)}"))

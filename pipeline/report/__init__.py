@@ -1,0 +1,1 @@
+"""Runs as pages: one HTML file each, which opens from disk without a network."""

@@ -1,0 +1,167 @@
+"""Try candidates of a head until they are done or the time is up, and keep the best."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import TlpipeError
+from pipeline.heads import head_class
+from pipeline.heads.features import HeadInputs
+from pipeline.sweep.journal import Journal
+from pipeline.sweep.prepare import Prepared
+from pipeline.sweep.proposals import Frame, Proposals
+from pipeline.sweep.selection import Scaled, scale, try_candidates
+from pipeline.sweep.trials import Candidate, Trial
+
+_TOGETHER = 16
+_KEPT_MATRICES = 2
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a search found.
+
+    Attributes:
+        best: the chosen trial; one that nothing chose where no sample could be held out.
+        trials: all of them, in the order in which they were proposed.
+        rows: samples that chose.
+        probabilities: (len(rows), n_classes), by the best, fitted without them.
+        stopped_early: the time was up before all was tried.
+    """
+
+    best: Trial
+    trials: list[Trial]
+    rows: NDArray[np.intp]
+    probabilities: NDArray[np.float64]
+    stopped_early: bool = False
+
+
+@dataclass
+class Search:
+    """Tries candidates on one protocol.
+
+    Attributes:
+        data: features and protocol.
+        metric: what chooses, of ``pipeline.sweep.trials.METRICS``.
+        deadline: of ``time.monotonic``; at least some of each head is tried.
+        journal: keeps trials; None for nowhere.
+        on_trial: is told of every trial.
+    """
+
+    data: Prepared
+    metric: str = "top1"
+    deadline: float | None = None
+    journal: Journal | None = None
+    on_trial: Callable[[Trial], None] = lambda _: None
+    _matrices: dict[Frame, Scaled] = field(default_factory=dict)
+
+    def run(self, proposals: Proposals) -> Selection:
+        """Try what is proposed.
+
+        Raises:
+            TlpipeError: every candidate failed.
+        """
+        protocol = self.data.protocol
+        rows = np.concatenate([fold.choose for fold in protocol.folds] or [np.zeros(0, np.intp)])
+        n_together = None if self.deadline is None else _TOGETHER
+        if not protocol.folds:
+            (first, *_) = proposals.next(None)
+            untried = Trial(self._seeded(first), 0.0)
+            nothing = np.zeros((0, len(self.data.known)))
+            return Selection(untried, [untried], rows, nothing)
+        tried: dict[str, Trial] = {}
+        order: dict[str, int] = {}
+        best: tuple[tuple[float, ...], Trial, NDArray[np.float64] | None] | None = None
+        stopped_early = False
+        while proposed := proposals.next(n_together):
+            batch = {c.key(): c for c in map(self._seeded, proposed)}
+            for key in batch:
+                order.setdefault(key, len(order))
+            fresh = [candidate for key, candidate in batch.items() if key not in tried]
+            for trial, probabilities in self._try(fresh):
+                key = trial.candidate.key()
+                tried[key] = trial
+                self.on_trial(trial)
+                if not trial.failure:
+                    # Of equals the first, in whatever order they are done.
+                    rank = (*trial.rank(self.metric), -order[key])
+                    best = max(best or (rank, trial, probabilities), (rank, trial, probabilities),
+                               key=lambda one: one[0])  # fmt: skip
+            for key in batch:
+                failed = bool(tried[key].failure)
+                proposals.tell(tried[key], None if failed else tried[key].rank(self.metric)[0])
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                stopped_early = bool(proposals.next(1))
+                break
+        trials = sorted(tried.values(), key=lambda trial: order[trial.candidate.key()])
+        if best is None:
+            reasons = "\n".join(f"  {t.candidate.describe()}: {t.failure}" for t in trials)
+            raise TlpipeError(
+                f"Every setting of head {trials[0].candidate.head!r} failed:\n{reasons}"
+            )
+        _, chosen, probabilities = best
+        if probabilities is None:  # they went with the process that found it
+            chosen, probabilities = self._once_more(chosen)
+        return Selection(chosen, trials, rows, probabilities, stopped_early)
+
+    def _try(
+        self, candidates: Sequence[Candidate]
+    ) -> Iterator[tuple[Trial, NDArray[np.float64] | None]]:
+        """Trials with their probabilities; without where one failed or an earlier process did it.
+
+        Args:
+            candidates: all different.
+        """
+        fresh = []
+        for candidate in candidates:
+            known = self.journal and self.journal.known(self.data.seed, candidate)
+            if known:
+                yield known, None
+            else:
+                fresh.append(candidate)
+        for (layers, scaling), group in groupby(sorted(fresh, key=_frame), key=_frame):
+            for trial, probabilities in try_candidates(list(group), self._matrix(layers, scaling)):
+                if self.journal is not None:
+                    self.journal.add(self.data.seed, trial)
+                yield trial, probabilities
+
+    def _once_more(self, trial: Trial) -> tuple[Trial, NDArray[np.float64]]:
+        """A trial of an earlier process, with its probabilities."""
+        candidate = trial.candidate
+        matrix = self._matrix(candidate.layers, candidate.scaling)
+        ((again, probabilities),) = try_candidates([candidate], matrix)
+        if probabilities is None:
+            raise TlpipeError(f"{candidate.describe()} failed the second time: {again.failure}")
+        return again, probabilities
+
+    def _seeded(self, candidate: Candidate) -> Candidate:
+        """With the seed, where the head draws random numbers."""
+        if "seed" not in head_class(candidate.head).parameter_names():
+            return candidate
+        return replace(candidate, setting={"seed": self.data.seed} | candidate.setting)
+
+    def _matrix(self, layers: tuple[str, ...], scaling: str) -> Scaled:
+        if (layers, scaling) not in self._matrices:
+            while len(self._matrices) >= _KEPT_MATRICES:
+                self._matrices.pop(next(iter(self._matrices)))
+            part = take_layers(self.data.inputs, layers)
+            self._matrices[layers, scaling] = scale(
+                part.X, self.data.codes, self.data.protocol,
+                n_classes=len(self.data.known), scaling=scaling, widths=part.widths,
+            )  # fmt: skip
+        return self._matrices[layers, scaling]
+
+
+def _frame(candidate: Candidate) -> Frame:
+    return candidate.layers, candidate.scaling
+
+
+def take_layers(inputs: HeadInputs, layers: Sequence[str]) -> HeadInputs:
+    """The features of some layers, by their names."""
+    return inputs.take([inputs.layer_names.index(name) for name in layers])
