@@ -41,7 +41,7 @@ DEFAULT: dict[str, list[Setting]] = {
         *_grid(kernel=["linear"], C=_log(1e-6, 1.0, 19)),
         *_grid(kernel=["rbf"], C=[0.3, 1.0, 3.0, 10.0, 30.0]),
     ],
-    "mlp": _grid(hidden=[256, 1024], dropout=[0.2, 0.5], lr=[3e-4, 1e-3, 3e-3]),
+    "mlp": _grid(hidden=[256, 1024], dropout=[0.2, 0.5], lr=[1e-4, 3e-4, 1e-3]),
     "ridge": _grid(alpha=_log(1e6, 1e-2, 33)),
     "knn": _grid(
         metric=["cosine", "euclidean"],
