@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,6 +127,7 @@ class Target:
         self._embedder: Embedder | None = None
         self._news: dict[str, Any] | None = None
         self._was_interrupted = False
+        self._started = time.perf_counter()
         known = recall(cache_dir, source, self._request) if self._request and trust else None
         if known is None:
             check_source_writable(cache_dir, source)
@@ -214,6 +216,7 @@ class Target:
         Raises:
             UsageError: samples of a relabelled store would be dropped for a limit only.
         """
+        self._started = time.perf_counter()
         known = self.writer.table
         self._was_interrupted = known is not None and known.count(Status.PENDING) > 0
         with self._timings.spent("planning"):
@@ -246,7 +249,10 @@ class Target:
         engines += [one for one in (before.get("engine"),) if one and one not in engines]
         if engines and _names(engines[-1]) == _names(news.get("engine")):
             engines.pop()
-        self.writer.make_with(self.recipe, {**news, **({"engines": engines} if engines else {})})
+        kept = {"engines": engines} if engines else {}
+        if "cost" in before:
+            kept["cost"] = before["cost"]
+        self.writer.make_with(self.recipe, {**news, **kept})
 
     def order(self, wants: NDArray[np.bool_]) -> Order:
         """What other processes have to do for this target.
@@ -321,6 +327,8 @@ class Target:
             on_note(self._embedder.note)
             self.made_with({})
             self._tell_news()
+        if self.report.n_embedded:
+            self._tell_cost()
         self.writer.finish()
         table = self.writer.table
         assert table is not None
@@ -329,6 +337,20 @@ class Target:
         self.report.n_labels = {
             name: len(column.categories) for name, column in table.labels.items()
         }
+
+    def _tell_cost(self) -> None:
+        """Add up what the store's rows took, over all runs that were not killed."""
+        provenance = self.writer.manifest.provenance
+        cost = {
+            "n_embedded": self.report.n_embedded,
+            "seconds": round(time.perf_counter() - self._started, 2),
+        }
+        before = provenance.get("cost")
+        if isinstance(before, dict) and all(
+            isinstance(before.get(name), int | float) for name in cost
+        ):
+            cost = {name: round(before[name] + value, 2) for name, value in cost.items()}
+        self.writer.make_with(self.recipe, {**provenance, "cost": cost})
 
 
 def targets_of(

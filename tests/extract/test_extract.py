@@ -600,3 +600,18 @@ def test_a_head_is_used_with_images_decoded_as_its_store_was(embed, tmp_path):
         files = [str(folder / sample_id) for sample_id in store.ids()]
         found = embed_files(embedder, files).layers["penultimate"]
         np.testing.assert_array_equal(found, np.asarray(store.features()))
+
+
+def cost_of(report):
+    return open_store(report.store).manifest.provenance["cost"]
+
+
+def test_the_store_adds_up_what_its_rows_took(embed, photos):
+    first = cost_of(embed(photos))
+    write_image(photos / "cat" / "zz.png", seed=50)
+    second = cost_of(embed(photos))
+    third = cost_of(embed(photos))
+
+    assert (first["n_embedded"], second["n_embedded"]) == (12, 13)
+    assert 0 < first["seconds"] < second["seconds"]
+    assert third == second
