@@ -24,6 +24,7 @@ COMMANDS = {
     "sweep": "Try many settings of one or more heads; keep the best of each.",
     "bench-heads": "Compare every kind of head: one table, one page.",
     "finetune": "Train the backbone itself, or its last blocks, on the images.",
+    "compare": "Frozen features against fine-tuning: one table and a verdict.",
     "predict": "Classify new images with a fitted head.",
     "inspect": "Show what a feature store or a run holds.",
     "ls": "List the stores and runs in the cache.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from pipeline.commands.sweep_options import (
     stores_argument,
     tell_trial,
 )
-from pipeline.errors import EXIT_DONE
+from pipeline.errors import EXIT_DONE, UsageError
 
 if TYPE_CHECKING:
     from pipeline.sweep.fit import HeadRun
@@ -59,6 +60,11 @@ _METRICS = {
     "--scaling",
     help="standardise, l2 or none.  [default: what suits the head]",
 )
+@click.option(
+    "--memory-limit",
+    metavar="SIZE",
+    help="Of the whole process, such as 2GB: features that do not fit are read block by block.",
+)
 @data_options
 @output_options
 def command(
@@ -67,6 +73,7 @@ def command(
     params: tuple[str, ...],
     layers: str | None,
     scaling: str | None,
+    memory_limit: str | None,
     label: str | None,
     groups: str | None,
     metric: str,
@@ -87,6 +94,7 @@ def command(
       tlpipe fit-head cache/photos/resnet50-1f3a9c02 --head svm --layers all
       tlpipe fit-head cache/photos/resnet50-1f3a9c02 --head mlp --param hidden=512x256
       tlpipe fit-head cache/photos/resnet50-1f3a9c02 cache/photos/vit_base-77e0b1aa
+      tlpipe fit-head cache/photos/resnet50-1f3a9c02 --memory-limit 2GB
     """
     console = Console(as_json=as_json, quiet=quiet)
     from pipeline.sweep.fit import fit_head
@@ -103,6 +111,7 @@ def command(
         settings=grid_of(head, "quick", values),
         metric=metric,
         seed=seed,
+        memory_limit=parse_size(memory_limit),
         on_trial=lambda trial: tell_trial(console, trial, metric),
     )
     path = run.save(out, command=shlex.join(["tlpipe", *sys.argv[1:]]))
@@ -136,6 +145,21 @@ def _print_run(console: Console, run: HeadRun) -> None:
         f"{sum(run.n_samples.values()):,} samples, {len(run.classes)} classes, "
         f"{run.model.head.n_features_in_:,} features, {format_seconds(run.seconds['total'])}"
     )
+
+
+def parse_size(text: str | None) -> float | None:
+    """``"2GB"`` -> 2e9 bytes.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMG]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise UsageError(f"--memory-limit {text!r}: expected a size such as 800MB or 2GB.")
+    power = " KMG".index(match[2].upper() or " ")
+    return float(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def _split_words(run: HeadRun, split: str) -> str:

@@ -32,7 +32,7 @@ def command(path: Path, failures: bool, as_json: bool, quiet: bool) -> int:
 
     For a store: layers with their shapes, what each column of labels or metadata holds in each
     split, what was skipped and why, and the recipe that decides the features' values. For a run:
-    the head, the setting that was chosen, and its scores.
+    the head or the network, what was chosen, and its scores.
 
     \b
     Examples:
@@ -232,19 +232,10 @@ def _inspect_run(console: Console, path: Path) -> None:
 
     run = read_run(path)
     console.document({"path": str(path), **run})
-    n_samples = ", ".join(f"{name} {n:,}" for name, n in run["n_samples"].items() if n)
-    facts = [
-        ("head", f"{run['head']}, {_setting(run['setting'])}"),
-        ("chosen by", f"{run['chosen_by']}, among {len(run['trials'])} settings"),
-        ("scaling", run["scaling"]),
-        ("features", ", ".join(run["stores"])),
-        ("layers", ", ".join(name for layers in run["layers"] for name in layers)),
-        ("label", f"{run['label']}, {len(run['classes'])} classes"),
-        ("samples", f"{n_samples} ({run['split_origin']})"),
-        ("converged", "yes" if run["converged"] else "no"),
-        ("seconds", str(run["seconds"]["total"])),
-        ("command", run.get("command", "")),
-    ]
+    if run.get("kind") == "compare":
+        _print_comparison(console, path, run)
+        return
+    facts = _network_facts(run) if run.get("kind") == "finetune" else _head_facts(run)
     console.result(str(path))
     for name, value in facts:
         console.result(f"  {name:<12} {printable(value)}")
@@ -260,6 +251,55 @@ def _inspect_run(console: Console, path: Path) -> None:
         _print_heads(console, run)
     for note in run["notes"]:
         console.result(printable(note))
+
+
+def _network_facts(run: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is told of a fine-tuned network, before its scores."""
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in run["seconds"].items())
+    backbone, trials = run["backbone"], len(run["lr_trials"])
+    return [
+        ("backbone", f"{backbone['name']}, weights {backbone['weights']}"),
+        ("policy", f"{run['policy']}, {run['n_trained']:,} of {run['n_parameters']:,} parameters"),
+        ("head", f"started from {run['head_start']}"),
+        ("epochs", f"{run['epochs']}, of which {run['best_epoch']} made what was kept"),
+        ("lr", f"{run['lr']:g}" + (f", found in {trials} trials" if trials else "")),
+        ("chosen by", run["chosen_by"]),
+        ("label", f"{run['label']}, {len(run['classes'])} classes"),
+        ("samples", f"{_split_counts(run)} ({run['split_origin']})"),
+        ("seconds", seconds),
+        ("command", run.get("command", "")),
+    ]
+
+
+def _split_counts(run: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {n:,}" for name, n in run["n_samples"].items() if n)
+
+
+def _head_facts(run: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is told of a head, before its scores."""
+    return [
+        ("head", f"{run['head']}, {_setting(run['setting'])}"),
+        ("chosen by", f"{run['chosen_by']}, among {len(run['trials'])} settings"),
+        ("scaling", run["scaling"]),
+        ("features", ", ".join(run["stores"])),
+        ("layers", ", ".join(name for layers in run["layers"] for name in layers)),
+        ("label", f"{run['label']}, {len(run['classes'])} classes"),
+        ("samples", f"{_split_counts(run)} ({run['split_origin']})"),
+        ("converged", "yes" if run["converged"] else "no"),
+        ("seconds", str(run["seconds"]["total"])),
+        ("command", run.get("command", "")),
+    ]
+
+
+def _print_comparison(console: Console, path: Path, run: dict[str, Any]) -> None:
+    """The table of a comparison, and its verdict."""
+    from pipeline.report.compare import compare_table
+
+    console.result(str(path))
+    columns, rows = compare_table(run)
+    console.table(columns, [[printable(cell) for cell in row] for row in rows])
+    for text in (run["verdict"], *run["notes"]):
+        console.result(printable(text))
 
 
 def _print_heads(console: Console, run: dict[str, Any]) -> None:

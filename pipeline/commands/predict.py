@@ -16,6 +16,10 @@ from pipeline.commands.console import Console, Progress, output_options, printab
 from pipeline.errors import EXIT_DONE, EXIT_SKIPPED, DataError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pipeline.finetune.bundle import NetworkBundle
     from pipeline.runs.bundle import Bundle
 
 
@@ -49,10 +53,11 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Classify IMAGES with the head of RUN; a folder stands for every image in it.
+    """Classify IMAGES with the head or the network of RUN; a folder stands for every image in it.
 
-    The backbone is loaded as it was when the features were extracted, and refused if its weights
-    or its preprocessing are no longer the same. Images that cannot be read are listed on stderr
+    For a head, the backbone is loaded as it was when the features were extracted, and refused if
+    its weights or its preprocessing are no longer the same; a fine-tuned network brings its own.
+    Images that cannot be read are listed on stderr
     and make the exit code 3.
 
     \b
@@ -63,14 +68,25 @@ def command(
     """
     console = Console(as_json=as_json, quiet=quiet)
     files = find_images(images)
-    from pipeline.runs.bundle import load_bundle
+    from pipeline.runs.bundle import is_network
 
-    bundle = load_bundle(run)
-    with Progress("Embedding", quiet=quiet) as progress:
-        progress.start(len(files), len(files) * len(bundle.inputs))
-        predictions, failures = classify(
-            bundle, files, n_top=n_top, device=device, on_progress=progress.advance
-        )
+    with Progress("Classifying", quiet=quiet) as progress:
+        if is_network(run):
+            from pipeline.finetune.bundle import load_network
+
+            network = load_network(run)
+            progress.start(len(files), len(files))
+            predictions, failures = classify_with_network(
+                network, files, n_top=n_top, device=device, on_progress=progress.advance
+            )
+        else:
+            from pipeline.runs.bundle import load_bundle
+
+            bundle = load_bundle(run)
+            progress.start(len(files), len(files) * len(bundle.inputs))
+            predictions, failures = classify(
+                bundle, files, n_top=n_top, device=device, on_progress=progress.advance
+            )
     for file, reason in failures.items():
         console.note(f"Skipped {printable(file)}: {reason}")
     if not predictions:
@@ -164,17 +180,38 @@ def classify(
         )
         for block, one in zip(bundle.inputs, embedded, strict=True)
     ]
+    images = [to_id(files[i]) for i in usable]
+    return _likeliest(images, bundle.classes, bundle.predict_proba(features), n_top), failed
+
+
+def classify_with_network(
+    bundle: NetworkBundle,
+    files: Sequence[str],
+    *,
+    n_top: int = 1,
+    device: str = "auto",
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> tuple[list[Prediction], dict[str, str]]:
+    """Classify files with a fine-tuned network; see :func:`classify`."""
+    from pipeline.data.names import to_id
+
+    rows, usable, failures = bundle.classify(files, device=device, on_progress=on_progress)
+    failed = {to_id(files[i]): why for i, why in failures.items()}
+    return _likeliest([to_id(files[i]) for i in usable], bundle.classes, rows, n_top), failed
+
+
+def _likeliest(
+    images: Sequence[str], classes: Sequence[str], rows: NDArray[np.float64], n_top: int
+) -> list[Prediction]:
+    """The likeliest classes of each image, from its probabilities."""
+    import numpy as np
+
     predictions = []
-    for i, row in zip(usable, bundle.predict_proba(features), strict=True):
+    for image, row in zip(images, rows, strict=True):
         best = np.argsort(-row, kind="stable")[:n_top]
-        predictions.append(
-            Prediction(
-                to_id(files[i]),
-                [bundle.classes[k] for k in best],
-                [round(float(row[k]), 6) for k in best],
-            )
-        )
-    return predictions, failed
+        likely = [round(float(row[k]), 6) for k in best]
+        predictions.append(Prediction(image, [classes[k] for k in best], likely))
+    return predictions
 
 
 def _print(console: Console, predictions: list[Prediction], output_format: str, n_top: int) -> None:

@@ -84,6 +84,11 @@ class Head(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         raise NotImplementedError
 
+    def n_trained(self) -> int:
+        """How many numbers were fitted."""
+        check_is_fitted(self)
+        return sum(int(np.size(getattr(self, name))) for name in self.array_shapes())
+
     def predict(self, X: Array) -> Array:
         """Return the likeliest class of each sample: (n_samples,)."""
         check_is_fitted(self)

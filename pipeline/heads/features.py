@@ -162,7 +162,7 @@ class HeadInputs:
     notes: list[str] = field(default_factory=list)
 
     @cached_property
-    def X(self) -> NDArray[np.float32]:
+    def X(self) -> NDArray[np.float32]:  # noqa: N802 - the field's name for a feature matrix
         """(n_samples, n_features), read when first asked for.
 
         Raises:

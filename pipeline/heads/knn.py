@@ -143,6 +143,10 @@ class KNNHead(Head):
         logits: Array = np.log(self.predict_proba(X))
         return logits
 
+    def n_trained(self) -> int:
+        """None: the samples are kept as they are."""
+        return 0
+
     def array_shapes(self) -> dict[str, tuple[str, ...]]:
         """Names and axes of the fitted arrays."""
         return {

@@ -84,10 +84,13 @@ def table_of(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         scores = line["metrics"].get(line["scored_on"], {})
         row = [
             line["head"],
-            _number(line[f"val_{run['metric']}"]),
-            _score(line["top1"]),
-            *(_number(scores.get(name, {}).get("value")) for name in ("macro_f1", "nll", "ece")),
-            _against(line),
+            number_text(line[f"val_{run['metric']}"]),
+            score_text(line["top1"]),
+            *(
+                number_text(scores.get(name, {}).get("value"))
+                for name in ("macro_f1", "nll", "ece")
+            ),
+            difference_text(line),
             f"{line['n_trials']}" + (f", {line['n_failed']} failed" if line["n_failed"] else ""),
             seconds_text(line["seconds"]),
             seconds_text(line["predict_seconds_per_1000"]),
@@ -101,7 +104,8 @@ def table_of(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def _against(line: Mapping[str, Any]) -> str:
+def difference_text(line: Mapping[str, Any]) -> str:
+    """A paired difference in points of accuracy, with its interval and p-value."""
     if "difference" not in line:
         return "–"
     difference = line["difference"]
@@ -111,11 +115,13 @@ def _against(line: Mapping[str, Any]) -> str:
     )
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
+    """Three decimals; "–" for None."""
     return "–" if value is None else f"{value:.3f}"
 
 
-def _score(score: Mapping[str, float] | None) -> str:
+def score_text(score: Mapping[str, float] | None) -> str:
+    """A value with its interval; "–" for None."""
     if score is None:
         return "–"
     return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
@@ -139,7 +145,7 @@ def _scatter(figure: Any, lines: Sequence[Mapping[str, Any]], *, chosen: str) ->
             text=[escape(line["head"])],
             textposition="middle right",
             hovertext=[
-                f"{escape(line['head'])}: {_score(top1)}<br>{seconds_text(line['seconds'])}, "
+                f"{escape(line['head'])}: {score_text(top1)}<br>{seconds_text(line['seconds'])}, "
                 f"model {bytes_text(line['size_bytes'])}<br>"
                 f"{escape(describe_setting(line['setting']))}"
             ],

@@ -30,6 +30,8 @@ Array = NDArray[Any]
 CARD_FILE = "card.json"
 CARD_FORMAT = "tlpipe-head"
 MODEL_FILE = "model.safetensors"
+NETWORK_FORMAT = "tlpipe-network"
+"""The card of a fine-tuned network, which ``finetune/bundle.py`` writes and loads."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,15 @@ def load_bundle(path: str | Path) -> Bundle:
     except StoreError as error:
         raise type(error)(f"{path}: {error}") from error
     return Bundle(path, card, inputs, model)
+
+
+def is_network(path: str | Path) -> bool:
+    """Whether the run at ``path`` holds a fine-tuned network rather than a head."""
+    try:
+        read_json(Path(path) / CARD_FILE, NETWORK_FORMAT)
+    except StoreError:
+        return False
+    return True
 
 
 def _load_arrays(path: Path, digest: str) -> dict[str, Array]:

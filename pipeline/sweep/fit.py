@@ -12,9 +12,10 @@ from pipeline.heads import HEADS
 from pipeline.heads.scaling import SCALINGS
 from pipeline.sweep.grids import GRIDS, Setting
 from pipeline.sweep.head_run import Clock, HeadRun, finish_run
-from pipeline.sweep.prepare import prepare
+from pipeline.sweep.prepare import plan
 from pipeline.sweep.proposals import Grid
 from pipeline.sweep.search import Search
+from pipeline.sweep.stream import fit_streamed, must_stream
 from pipeline.sweep.trials import Trial, check_metric
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def fit_head(
     settings: Sequence[Setting] | None = None,
     metric: str = "top1",
     seed: int = 0,
+    memory_limit: float | None = None,
     on_trial: Callable[[Trial], None] = lambda _: None,
 ) -> HeadRun:
     """Fit a head on stored features and score it.
@@ -51,12 +53,16 @@ def fit_head(
         settings: parameters to try; None for a few that suit the head.
         metric: what chooses, of ``pipeline.sweep.trials.METRICS``.
         seed: of held-out parts, gradient steps and the bootstrap.
+        memory_limit: of the whole process, bytes. Where a fit in memory would exceed it, the head
+            is fitted by passes over blocks of rows, to the same result.
         on_trial: called with every setting that was tried.
 
     Raises:
-        UsageError: unknown head, layer, column, metric or scaling.
+        UsageError: unknown head, layer, column, metric or scaling; or a head that cannot be
+            fitted within the memory limit.
         DataError: no labels, no train split, too few classes, or splits that part a group.
         StoreError: a store is damaged, or the stores share no sample.
+        ResourceError: the features do not fit in memory, or the limit leaves no room.
         TlpipeError: every setting failed.
     """
     if head not in HEADS:
@@ -66,11 +72,21 @@ def fit_head(
         raise UnknownNameError("scaling", scaling, SCALINGS)
     check_metric(metric)
     clock = Clock()
-    data = prepare(stores, layers=layers, label=label, groups=groups, seed=seed)
+    settings = settings or GRIDS["quick"][head]
+    data = plan(stores, layers=layers, label=label, groups=groups, seed=seed)
+    notes = data.notes()
+    if memory_limit is not None and must_stream(data, memory_limit):
+        clock.lap("load")
+        run = fit_streamed(
+            data, head=head, scaling=scaling, settings=settings, metric=metric,
+            memory_limit=memory_limit, on_trial=on_trial, clock=clock,
+        )  # fmt: skip
+        return replace(run, notes=notes + run.notes)
+    _ = data.inputs.X
     clock.lap("load")
     frames = [(data.inputs.layer_names, scaling)]
-    proposals = Grid(head, settings or GRIDS["quick"][head], frames)
+    proposals = Grid(head, settings, frames)
     selection = Search(data, metric=metric, on_trial=on_trial).run(proposals)
     clock.lap("select")
     run = finish_run(data, selection, metric=metric, seconds=clock.laps)
-    return replace(run, notes=data.notes() + run.notes)
+    return replace(run, notes=notes + run.notes)

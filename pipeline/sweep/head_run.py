@@ -126,6 +126,7 @@ class HeadRun:
             "metrics": self.metrics_dict(),
             "trials": [trial.to_dict() for trial in self.trials],
             "converged": self.converged,
+            "n_trained": self.model.head.n_trained(),
             "seconds": self.seconds,
             "notes": self.notes,
             "data_digest": self.data_digest,

@@ -121,12 +121,8 @@ def gather(
         for part in range(parts.n_parts):
             mine = numbers == part
             if mine.any():
-                picked = csr_array(
-                    (np.ones(mine.sum()), (codes[mine], np.flatnonzero(mine))),
-                    shape=(parts.n_classes, len(X)),
-                )
-                sums[part] += picked @ X
                 own = X if mine.all() else X[mine]
+                sums[part] += class_sums(own, codes[mine], parts.n_classes)
                 squares[part] += np.einsum("ij,ij->j", own, own)
         for gram, table in zip(grams, weights, strict=True):
             weight = table[numbers, codes]
@@ -141,3 +137,10 @@ def gather(
     if shift is None:
         shift = np.zeros(d)
     return Moments(shift, parts.counts(), sums, squares, grams)
+
+
+def class_sums(X: Array, codes: NDArray[np.int64], n_classes: int) -> Floats:
+    """Sums (n_classes, n_features) of the rows of each class, in float64."""
+    picked = csr_array((np.ones(len(X)), (codes, np.arange(len(X)))), shape=(n_classes, len(X)))
+    sums: Floats = picked @ X
+    return sums

@@ -1,8 +1,8 @@
 """Logistic regression and linear SVM on stored rows, by Newton steps that share their passes.
 
-Each problem solves H s = -g by conjugate gradients, as :mod:`pipeline.heads.solvers.newton` does, and
-asks for what it needs next: the loss and its gradient, or a product with the Hessian. One pass over
-the rows answers what all problems asked, wherever each of them stands.
+Each problem solves H s = -g by conjugate gradients, as :mod:`pipeline.heads.solvers.newton` does,
+and asks for what it needs next: the loss and its gradient, or a product with the Hessian. One pass
+over the rows answers what all problems asked, wherever each of them stands.
 """
 
 from __future__ import annotations
@@ -79,13 +79,11 @@ class LinearFit:
 
     Attributes:
         params: (n_lanes, n_outputs, n_features + 1), the intercepts last.
-        objective: at ``params``, summed over the lanes.
         n_iter: Newton steps.
         converged: within the tolerance, in every lane.
     """
 
     params: Tensor
-    objective: float
     n_iter: int
     converged: bool
 
@@ -214,7 +212,9 @@ def _minimise(problem: LinearProblem, basis: Basis, n_features: int) -> _Steps:
         params = torch.zeros(shape, device=basis.center.device)
     here = yield _Ask(params)
     objective = _objective(here, params, penalty)
-    for n_iter in range(1, problem.max_iter + 1):
+    n_iter = 0
+    while n_iter < problem.max_iter:
+        n_iter += 1
         direction, decrement = yield from _direction(problem, basis, params, here, objective)
         arrived = 0.5 * decrement <= problem.tol * objective
         length = torch.zeros_like(objective)
@@ -230,11 +230,11 @@ def _minimise(problem: LinearProblem, basis: Basis, n_features: int) -> _Steps:
                 break
             t = torch.where(enough, t, 0.5 * t)
         if not bool(length.any()):
-            return LinearFit(params, float(objective.sum()), n_iter, bool(arrived.all()))
+            break
         params, here, objective = trial, there, found
         if bool(arrived.all()):
             break
-    return LinearFit(params, float(objective.sum()), n_iter, bool(arrived.all()))
+    return LinearFit(params, n_iter, bool(arrived.all()))
 
 
 def _direction(
@@ -250,9 +250,9 @@ def _direction(
     norm = _dot(residual, solved)
     goal = torch.maximum(_FORCING**2 * norm, 2 * _ENOUGH * problem.tol * objective)
     solution = torch.where((norm <= goal)[:, None, None], search, 0.0)
-    for _ in range(_MAX_CG):
-        if not bool((norm > goal).any()):
-            break
+    n_products = 0
+    while bool((norm > goal).any()) and n_products < _MAX_CG:
+        n_products += 1
         answer = yield _Ask(params, search)
         product = _add_penalty(answer.product, search, penalty)
         bending = _dot(search, product)
@@ -291,29 +291,26 @@ def _pass(
         )
         for i, ask in asks.items()
     }
-    places = {i: np.searchsorted(problem.classes, parts.codes) for i, problem in problems.items()}
-    wanted = np.zeros(len(parts.codes), dtype=bool)
-    for problem in problems.values():
-        wanted |= (parts.numbers >= 0) & (problem.weights[parts.numbers, parts.codes] > 0)
-    for samples, raw in rows.blocks(wanted):
+    for samples, raw in rows.blocks(parts.numbers >= 0):
+        codes, numbers = parts.codes[samples], parts.numbers[samples]
         X = torch.from_numpy(scaler(raw)).to(device)
         scores = torch.addmm(columns[:, -1], X, columns[:, :-1].T)
         slopes, first = [], 0
         for i, ask in asks.items():
             problem, answer = problems[i], totals[i]
-            weight = problem.weights[parts.numbers[samples], parts.codes[samples]]
-            weights = torch.tensor(weight, dtype=X.dtype, device=device)[:, None]
-            truth = np.minimum(places[i][samples], len(problem.classes) - 1)
+            weights = torch.tensor(problem.weights[numbers, codes], dtype=X.dtype, device=device)
+            weights = weights[:, None]
+            # A class that the problem does not know has weight 0, whatever it is taken for.
+            truth = np.searchsorted(problem.classes, codes).clip(max=len(problem.classes) - 1)
             loss = problem.loss(torch.from_numpy(truth).to(device))
             shape = (len(X), *ask.params.shape[:2])
             own = scores[:, first : first + problem.n_columns].reshape(shape)
             first += problem.n_columns
             slope, bend = loss.slope(own)
             if ask.direction is None:
+                strength = loss.strength(bend) * weights
                 answer.value.add_((loss.value(own) * weights).sum(dim=0, dtype=torch.float64))
-                answer.strength.add_(
-                    (loss.strength(bend) * weights).sum(dim=0, dtype=torch.float64)
-                )
+                answer.strength.add_(strength.sum(dim=0, dtype=torch.float64))
             else:
                 moved = scores[:, first : first + problem.n_columns].reshape(shape)
                 first += problem.n_columns
@@ -322,7 +319,7 @@ def _pass(
         slope = torch.cat(slopes, dim=1)
         products, ends = slope.T @ X, slope.sum(dim=0)
         first = 0
-        for i, ask in asks.items():
+        for i in asks:
             stop = first + problems[i].n_columns
             product = totals[i].product
             product[..., :-1] += products[first:stop].reshape(*product.shape[:2], -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ class StoredRows:
             return
         edges = np.arange(self._positions[0], self._positions[-1] + 1, self.block_rows)
         places = np.append(np.searchsorted(self._positions, edges), len(self))
-        for start, stop in zip(places[:-1], places[1:], strict=True):
+        for start, stop in pairwise(places.tolist()):
             samples = self._order[start:stop]
             samples = samples[wanted[samples]]
             if len(samples):

@@ -1,0 +1,216 @@
+"""``tlpipe compare``: frozen features and fine-tuning in one table."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.backbones import DEFAULT_BACKBONE
+from pipeline.commands.console import (
+    Console,
+    Progress,
+    cache_option,
+    format_seconds,
+    output_options,
+    printable,
+)
+from pipeline.commands.sweep_options import parse_seconds, split_commas
+from pipeline.errors import EXIT_DONE, UsageError
+
+_PAGE = "report.html"
+
+
+@click.command()
+@click.argument("targets", nargs=-1, required=True, metavar="DATA|RUN…")
+@click.option(
+    "--backbone",
+    "backbones",
+    multiple=True,
+    default=(DEFAULT_BACKBONE,),
+    show_default=True,
+    help="Network to compare on; may be given several times.",
+)
+@click.option("--weights", default="default", show_default=True, help="As for extract.")
+@click.option("--image-size", type=click.IntRange(min=1), help="Side of the input, pixels.")
+@click.option(
+    "--head",
+    "heads",
+    default="logreg,linear,svm,mlp,ridge,knn,prototype",
+    show_default=True,
+    help="Comma-separated heads on frozen features; none for none.",
+)
+@click.option("--grid", default="default", show_default=True, help="Of the heads: default, quick.")
+@click.option(
+    "--policy",
+    "policies",
+    default="head,last:1,full,scratch",
+    show_default=True,
+    help="Comma-separated policies of fine-tuning, as for finetune; none for none.",
+)
+@click.option(
+    "--epochs", type=click.IntRange(min=1), default=10, show_default=True, help="Of each."
+)
+@click.option("--budget", metavar="TIME", help="For all fine-tuning together: 10m, 2h.")
+@click.option(
+    "--sizes/--no-sizes",
+    default=True,
+    show_default=True,
+    help="Also fit the best head with 1, 2, 5, 10 … samples a class.",
+)
+@click.option("--label", help="Label column to learn, where the data has several.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many samples of each split.")
+@click.option("--root", type=click.Path(path_type=Path), help="Where a manifest's paths start.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of it all.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder to make the runs' folders in.  [default: runs/<data source>]",
+)
+@cache_option
+@output_options
+def command(targets: tuple[str, ...], as_json: bool, quiet: bool, **options: Any) -> int:
+    """Is it worth unfreezing? Compare frozen features with fine-tuning on DATA, or any RUNs.
+
+    With DATA: embed it, sweep every head, fine-tune every policy, all on the same splits and seed,
+    and print one table with paired significance, costs, and a verdict in words. With RUNs: the same
+    table of runs that exist.
+
+    \b
+    Examples:
+      tlpipe compare photos/ --backbone resnet50 --budget 30m
+      tlpipe compare digits --image-size 64 --policy last:1,full --epochs 5
+      tlpipe compare runs/photos/logreg-resnet50-0001 runs/photos/finetune-full-resnet50-0001
+    """
+    console = Console(as_json=as_json, quiet=quiet)
+    if all((Path(target) / "run.json").is_file() for target in targets):
+        return _compare_runs(console, [Path(target) for target in targets], options["out"])
+    if len(targets) > 1:
+        missing = [t for t in targets if not (Path(t) / "run.json").is_file()]
+        raise UsageError(
+            f"{missing[0]} is no run; expected one data source, or runs only.\n"
+            "  List the runs there are:  tlpipe ls"
+        )
+    return _compare_data(console, targets[0], **options)
+
+
+def _compare_runs(console: Console, paths: Sequence[Path], out: Path | None) -> int:
+    from pipeline.runs.comparison import compare_runs
+
+    found = compare_runs(paths)
+    folder = out or paths[0].absolute().parent
+    _save_and_print(console, found.to_dict(), _shortest(folder))
+    return EXIT_DONE
+
+
+def _shortest(folder: Path) -> Path:
+    """Relative to here, where it is below."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
+
+
+def _compare_data(
+    console: Console,
+    data: str,
+    *,
+    backbones: tuple[str, ...],
+    weights: str,
+    image_size: int | None,
+    heads: str,
+    grid: str,
+    policies: str,
+    epochs: int,
+    budget: str | None,
+    sizes: bool,
+    label: str | None,
+    limit: int | None,
+    root: Path | None,
+    seed: int,
+    device: str,
+    out: Path | None,
+    cache_dir: Path,
+) -> int:
+    from pipeline.data import open_source
+    from pipeline.finetune.contest import Contest, hold_contest
+    from pipeline.finetune.fit import Watcher
+    from pipeline.finetune.settings import Settings
+
+    contest = Contest(
+        backbones=tuple(dict.fromkeys(backbones)),
+        heads=tuple(name for name in dict.fromkeys(split_commas(heads)) if name != "none"),
+        weights=weights,
+        image_size=image_size,
+        grid=grid,
+        policies=tuple(name for name in dict.fromkeys(split_commas(policies)) if name != "none"),
+        training=Settings(epochs=epochs, device=device),
+        budget_seconds=parse_seconds(budget),
+        sizes=sizes,
+        label=label,
+        seed=seed,
+    )
+    source = open_source(data, root=root, cache_dir=cache_dir, limit=limit, seed=seed)
+    text = shlex.join(["tlpipe", *sys.argv[1:]])
+    folder = out or Path("runs") / source.name
+    with Progress("Embedding", quiet=console.quiet) as progress:
+        outcome = hold_contest(
+            source,
+            contest,
+            cache_dir=cache_dir,
+            out=folder,
+            command=text,
+            on_note=lambda note: console.note(printable(note)),
+            watcher=Watcher(note=console.note, on_epoch=lambda e: _tell_epoch(console, e)),
+            on_plan=progress.start,
+            on_progress=progress.advance,
+        )
+    document = outcome.to_dict() | {"data": data}
+    _save_and_print(console, document, folder)
+    console.note(f"All of it took {format_seconds(outcome.seconds)}.")
+    return EXIT_DONE
+
+
+def _tell_epoch(console: Console, entry: dict[str, Any]) -> None:
+    found = entry.get("val_top1")
+    shown = "" if found is None else f"val top-1 {found:.3f}, "
+    console.note(f"  epoch {entry['epoch']}: {shown}{format_seconds(entry['seconds'])}")
+
+
+def _save_and_print(console: Console, document: dict[str, Any], out: Path) -> None:
+    from pipeline.report.compare import compare_page, compare_table
+    from pipeline.runs.folder import (
+        RUN_FILE,
+        RUN_FORMAT,
+        RUN_FORMAT_VERSION,
+        create_run,
+        write_json,
+    )
+
+    document = {
+        "format": RUN_FORMAT,
+        "format_version": RUN_FORMAT_VERSION,
+        **document,
+        "head": f"{len(document['lines'])} runs",
+        "metrics": {},
+        "command": shlex.join(["tlpipe", *sys.argv[1:]]),
+    }
+
+    def write(folder: Path) -> None:
+        write_json(folder / RUN_FILE, document)
+        (folder / _PAGE).write_text(compare_page(document), encoding="utf-8")
+
+    path = create_run(out, "compare", write)
+    console.document({"path": str(path)} | document)
+    for note in document["notes"]:
+        console.note(printable(note))
+    columns, rows = compare_table(document)
+    console.table(columns, [[printable(cell) for cell in row] for row in rows])
+    console.result(printable(document["verdict"]))
+    first = shlex.quote(document["lines"][0]["path"])
+    console.next_steps([f"tlpipe predict {first} image.jpg", f"tlpipe inspect {first}"])
+    console.result(f"page: {path / _PAGE}")
+    console.result(str(path))

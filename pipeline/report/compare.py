@@ -1,0 +1,173 @@
+"""The page of a comparison: frozen features and fine-tuning against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from pipeline.report.heads import difference_text, number_text, score_text
+from pipeline.report.page import Page, seconds_text
+
+_COLOURS = ("#2f6fed", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d", "#5c940d", "#495057")
+
+
+def compare_page(document: Mapping[str, Any]) -> str:
+    """HTML of a comparison's ``run.json``.
+
+    Args:
+        document: what the file holds.
+    """
+    from plotly.graph_objects import Figure
+
+    page = Page(f"Frozen or fine-tuned: {document.get('data') or 'runs compared'}")
+    page.paragraph(document["verdict"])
+    samples = ", ".join(f"{name} {n:,}" for name, n in document["n_samples"].items() if n)
+    page.paragraph(
+        f"Scored on {document['scored_on']}; samples: {samples} ({document['split_origin']}). "
+        "Settings were chosen on other samples; the table is in the order of its scores, the "
+        "verdict takes the best on validation.",
+        quiet=True,
+    )
+    page.heading("Table")
+    columns, rows = compare_table(document)
+    page.table(columns, rows)
+    lines = document["lines"]
+    page.heading("Accuracy against seconds")
+    figure = Figure()
+    _points(figure, lines)
+    page.plot(figure)
+    if any(line["curve"] for line in lines):
+        page.heading("While training: start, slope, asymptote")
+        figure = Figure()
+        _curves(figure, lines)
+        page.plot(figure)
+    if document.get("sizes"):
+        page.heading("Accuracy against training samples")
+        figure = Figure()
+        _sizes(figure, document["sizes"])
+        page.plot(figure)
+    notes = [*document["notes"]]
+    notes += [f"{name} has no run: {why}" for name, why in document.get("failures", {}).items()]
+    if notes:
+        page.heading("Notes")
+        page.items(notes)
+    page.heading("How it was made")
+    page.code(str(document.get("command", "")))
+    page.items([line["path"] for line in lines])
+    return page.html()
+
+
+def compare_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a comparison, for pages and terminals."""
+    scored = document["scored_on"]
+    columns = [
+        "what", f"{scored} top-1 [95 %]", "val top-1", "macro-F1", "ECE", "against the one above",
+        "parameters trained", "extract", "fit", "total",
+    ]  # fmt: skip
+    rows = [
+        [
+            line["name"],
+            score_text(line["top1"]),
+            number_text(line["val_top1"]),
+            number_text(line["macro_f1"]),
+            number_text(line["ece"]),
+            difference_text(line),
+            "–" if line["n_trained"] is None else f"{line['n_trained']:,}",
+            "none" if line["extract_seconds"] == 0 else seconds_text(line["extract_seconds"]),
+            seconds_text(line["fit_seconds"]),
+            seconds_text(line["total_seconds"]),
+        ]
+        for line in document["lines"]
+    ]
+    return columns, rows
+
+
+def _seconds(line: Mapping[str, Any]) -> float:
+    return float(line["fit_seconds"] if line["total_seconds"] is None else line["total_seconds"])
+
+
+def _points(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Accuracy with its interval against total seconds."""
+    for tuned, colour in ((False, _COLOURS[0]), (True, _COLOURS[1])):
+        some = [line for line in lines if (line["kind"] == "finetune") == tuned]
+        if not some:
+            continue
+        figure.add_scatter(
+            x=[_seconds(line) for line in some],
+            y=[line["top1"]["value"] for line in some],
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [line["top1"]["high"] - line["top1"]["value"] for line in some],
+                "arrayminus": [line["top1"]["value"] - line["top1"]["low"] for line in some],
+                "thickness": 1.2,
+            },
+            mode="markers",
+            name="trained network" if tuned else "frozen features",
+            hovertext=[
+                f"{escape(line['name'])}<br>{score_text(line['top1'])}, "
+                f"{seconds_text(_seconds(line))}"
+                for line in some
+            ],
+            hoverinfo="text",
+            marker={"size": 10, "color": colour},
+        )
+    _layout(figure, "seconds, with the extraction", "accuracy, 95 % interval", log=True)
+
+
+def _curves(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Validation accuracy against seconds of training; the best frozen head as a level."""
+    colours = iter(_COLOURS * 4)
+    for line in lines:
+        curve = [entry for entry in line["curve"] if entry.get("val_top1") is not None]
+        if curve:
+            figure.add_scatter(
+                x=[entry["seconds"] for entry in curve],
+                y=[entry["val_top1"] for entry in curve],
+                mode="lines+markers",
+                name=escape(line["name"]),
+                line={"color": next(colours)},
+            )
+    frozen = [line for line in lines if line["kind"] != "finetune" and line["val_top1"]]
+    if frozen:
+        best = max(frozen, key=lambda line: line["val_top1"])
+        figure.add_hline(
+            y=best["val_top1"],
+            line={"dash": "dot", "color": "#495057"},
+            annotation={"text": escape(best["name"]), "font": {"size": 12}},
+        )
+    _layout(figure, "seconds of training", "accuracy on validation")
+
+
+def _sizes(figure: Any, sizes: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Accuracy of a frozen head by training samples a class."""
+    for (name, points), colour in zip(sizes.items(), _COLOURS * 4, strict=False):
+        if not points:
+            continue
+        figure.add_scatter(
+            x=[point["n_per_class"] for point in points],
+            y=[point["mean"] for point in points],
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [point["high"] - point["mean"] for point in points],
+                "arrayminus": [point["mean"] - point["low"] for point in points],
+                "thickness": 1.2,
+            },
+            mode="lines+markers",
+            name=escape(f"{points[0]['head']} ({name})"),
+            line={"color": colour},
+        )
+    _layout(figure, "training samples a class", "accuracy on test, mean and 95 %", log=True)
+
+
+def _layout(figure: Any, x: str, y: str, *, log: bool = False) -> None:
+    figure.update_layout(
+        template="simple_white",
+        height=420,
+        margin={"l": 70, "r": 30, "t": 20, "b": 60},
+        xaxis={"title": {"text": x}, "type": "log" if log else "linear"},
+        yaxis={"title": {"text": y}, "tickformat": ".3f"},
+        showlegend=True,
+    )

@@ -1,0 +1,311 @@
+"""Runs on the same data against each other: what each reaches, what it costs, what is chance."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import CorruptStoreError, MismatchError, StoreError, UsageError
+from pipeline.heads.metrics import Score
+from pipeline.heads.paired import accuracy_difference, mcnemar
+from pipeline.runs.folder import read_run
+from pipeline.runs.predictions import COLUMNS, PREDICTIONS_FILE
+from pipeline.store import open_store
+
+SIGNIFICANT = 0.05
+_FROZEN = ("head",)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One run.
+
+    Attributes:
+        path: its folder.
+        run: what its ``run.json`` holds.
+        right: whether the prediction of each scored sample was right, by sample id.
+        extract_seconds: of the features that it was fitted on; None where that is not known, 0
+            where it needs none.
+    """
+
+    path: str
+    run: dict[str, Any]
+    right: dict[str, bool]
+    extract_seconds: float | None
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether a part of the backbone was trained."""
+        return self.run["kind"] == "finetune" and self.run["policy"] not in _FROZEN
+
+    @property
+    def name(self) -> str:
+        """Head or policy, and backbone."""
+        if self.run["kind"] == "finetune":
+            return f"fine-tuning, {self.run['policy']} ({self.backbone})"
+        layers = [name for names in self.run["layers"] for name in names]
+        shown = "+".join(layers) if len(layers) <= 2 else f"{len(layers)} layers"
+        return f"{self.run['head']} ({self.backbone}, {shown})"
+
+    @property
+    def backbone(self) -> str:
+        """Names of the backbones."""
+        if self.run["kind"] == "finetune":
+            return str(self.run["backbone"]["name"]).removeprefix("torchvision:")
+        return "+".join(Path(store).name.rpartition("-")[0] for store in self.run["stores"])
+
+    @property
+    def top1(self) -> Score:
+        """On the samples that were scored."""
+        return Score(**self.run["metrics"][self.run["scored_on"]]["top1"])
+
+    @property
+    def val_top1(self) -> float | None:
+        """On the samples that chose."""
+        scores = self.run["metrics"].get("val")
+        return None if scores is None else float(scores["top1"]["value"])
+
+    @property
+    def fit_seconds(self) -> float:
+        """Choosing, training and scoring."""
+        return float(self.run["seconds"]["total"])
+
+    @property
+    def total_seconds(self) -> float | None:
+        """With the features."""
+        return None if self.extract_seconds is None else self.extract_seconds + self.fit_seconds
+
+    def metric(self, name: str) -> float | None:
+        """A metric of the scored samples."""
+        score = self.run["metrics"][self.run["scored_on"]].get(name)
+        return None if score is None else float(score["value"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """A line of the table, for JSON."""
+        run = self.run
+        return {
+            "path": self.path,
+            "name": self.name,
+            "kind": run["kind"],
+            "scored_on": run["scored_on"],
+            "top1": self.top1.to_dict(),
+            "val_top1": self.val_top1,
+            **{name: self.metric(name) for name in ("macro_f1", "nll", "ece")},
+            "n_trained": run.get("n_trained"),
+            "extract_seconds": self.extract_seconds,
+            "fit_seconds": self.fit_seconds,
+            "total_seconds": self.total_seconds,
+            "device": run.get("device", "cpu"),
+            "curve": run.get("curve", []),
+        }
+
+
+def read_contender(path: Path) -> Contender:
+    """Read a run.
+
+    Raises:
+        StoreError: it is no run, or was not scored.
+    """
+    run = read_run(path)
+    if not run.get("scored_on"):
+        raise StoreError(f"{path} was not scored: there was no test and no validation sample.")
+    right: dict[str, bool] = {}
+    file = path / PREDICTIONS_FILE
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            rows = csv.DictReader(stream)
+            if tuple(rows.fieldnames or ()) != COLUMNS:
+                raise CorruptStoreError(f"{file} has columns {rows.fieldnames}, not {COLUMNS}.")
+            for row in rows:
+                right[row["id"]] = row["label"] == row["predicted"]
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read ({error.strerror}).") from error
+    return Contender(str(path), run, right, _extract_seconds(run))
+
+
+def _extract_seconds(run: Mapping[str, Any]) -> float | None:
+    """What embedding all samples of the run's stores took, as their stores say."""
+    if run["kind"] == "finetune":
+        return 0.0
+    total = 0.0
+    for path in run["stores"]:
+        try:
+            store = open_store(path)
+        except StoreError:
+            return None
+        cost = store.manifest.provenance.get("cost")
+        numbers = cost.values() if isinstance(cost, dict) else ()
+        if len(numbers) != 2 or not all(isinstance(n, int | float) and n > 0 for n in numbers):
+            return None
+        assert isinstance(cost, dict)
+        # A run that was killed embedded rows that it did not live to count.
+        total += cost["seconds"] * max(1.0, len(store) / cost["n_embedded"])
+    return total
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs that were scored on the same samples.
+
+    Attributes:
+        contenders: the most accurate first.
+        notes: what a user should know before believing the table.
+    """
+
+    contenders: list[Contender]
+    notes: list[str]
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The table; each line but the first with its difference to the one above."""
+        found = []
+        for i, contender in enumerate(self.contenders):
+            line = contender.to_dict()
+            if i:
+                line |= _paired(contender, self.contenders[i - 1])
+            found.append(line)
+        return found
+
+    def verdict(self) -> str:
+        """Was it worth unfreezing? In words, from the numbers."""
+        frozen = _best([c for c in self.contenders if not c.is_tuned])
+        tuned = _best([c for c in self.contenders if c.is_tuned and c.run["policy"] != "scratch"])
+        scratch = _best([c for c in self.contenders if c.run.get("policy") == "scratch"])
+        sentences = []
+        if frozen and tuned:
+            sentences.append(_worth(frozen, tuned))
+        elif frozen or tuned:
+            best = frozen or tuned
+            assert best is not None
+            sentences.append(f"The best on validation is {best.name}: {best.top1}.")
+        if scratch and (best := tuned or frozen):
+            found = accuracy_difference(*_aligned(best, scratch))
+            sentences.append(
+                f"Training from scratch reaches {scratch.top1.value:.3f}, "
+                f"{_points(found)} points less than {best.name}: that is what transfer is worth "
+                "here."
+                if found.low > 0
+                else f"Training from scratch reaches {scratch.top1.value:.3f}: here transfer is "
+                "worth no more than chance."
+            )
+        return " ".join(sentences)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON and pages."""
+        first = self.contenders[0].run
+        return {
+            "kind": "compare",
+            "lines": self.lines(),
+            "verdict": self.verdict(),
+            "notes": self.notes,
+            "scored_on": first["scored_on"],
+            "n_samples": first["n_samples"],
+            "split_origin": first["split_origin"],
+        }
+
+
+def compare_runs(paths: Sequence[Path]) -> Comparison:
+    """Read runs and put them side by side.
+
+    Args:
+        paths: two or more run folders.
+
+    Raises:
+        UsageError: fewer than two runs.
+        MismatchError: they were not scored on the same samples of the same labels.
+        StoreError: one of them is no run.
+    """
+    if len(set(paths)) < 2:
+        raise UsageError(
+            "A comparison needs two runs or more.\n  List the runs there are:  tlpipe ls"
+        )
+    contenders = [read_contender(path) for path in dict.fromkeys(paths)]
+    first = contenders[0]
+    for other in contenders[1:]:
+        for what, mine, its in (
+            ("was scored on", first.run["scored_on"], other.run["scored_on"]),
+            ("learned the label", first.run["label"], other.run["label"]),
+        ):
+            if mine != its:
+                raise MismatchError(
+                    f"{first.path} {what} {mine!r}, but {other.path} on {its!r}: their scores "
+                    "cannot stand in one table."
+                )
+        if first.right.keys() != other.right.keys():
+            shared = len(first.right.keys() & other.right.keys())
+            raise MismatchError(
+                f"{first.path} was scored on {len(first.right):,} samples and {other.path} on "
+                f"{len(other.right):,}, of which they share {shared:,}: their scores cannot stand "
+                "in one table.\n  Fit both on the same data, with the same splits and seed."
+            )
+    contenders.sort(key=lambda contender: -contender.top1.value)
+    return Comparison(contenders, _notes(contenders))
+
+
+def _notes(contenders: Sequence[Contender]) -> list[str]:
+    notes = []
+    if contenders[0].run["scored_on"] != "test":
+        notes.append(
+            "Warning: there is no test split; the same samples chose and scored, which flatters."
+        )
+    digests = {contender.run.get("data_digest") for contender in contenders}
+    if len(digests) > 1:
+        notes.append("Warning: the runs were not fitted on the same training samples or labels.")
+    if len({c.run["chosen_by"] for c in contenders}) > 1:
+        notes.append("The runs did not choose their settings on the same samples.")
+    if any(c.extract_seconds is None for c in contenders):
+        notes.append("Where the extraction shows –, the store is gone or from an older release.")
+    return notes
+
+
+def _best(contenders: Sequence[Contender]) -> Contender | None:
+    """By validation: test has no say."""
+    return max(
+        contenders,
+        key=lambda c: c.top1.value if c.val_top1 is None else c.val_top1,
+        default=None,
+    )
+
+
+def _aligned(a: Contender, b: Contender) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    ids = sorted(a.right)
+    return np.array([a.right[i] for i in ids]), np.array([b.right[i] for i in ids])
+
+
+def _paired(contender: Contender, above: Contender) -> dict[str, Any]:
+    right = _aligned(contender, above)
+    return {"difference": accuracy_difference(*right).to_dict(), "p_value": mcnemar(*right)}
+
+
+def _points(difference: Score) -> str:
+    return f"{100 * difference.value:.1f} [{100 * difference.low:.1f}, {100 * difference.high:.1f}]"
+
+
+def _worth(frozen: Contender, tuned: Contender) -> str:
+    """The sentence that the project exists for."""
+    right = _aligned(tuned, frozen)
+    difference, p_value = accuracy_difference(*right), mcnemar(*right)
+    if frozen.total_seconds is not None and frozen.total_seconds > 0:
+        time = f"for {tuned.fit_seconds / frozen.total_seconds:.2g}× the time"
+    else:
+        time = f"in {tuned.fit_seconds:.0f} s"
+    if p_value >= SIGNIFICANT:
+        return (
+            f"{tuned.name[0].upper()}{tuned.name[1:]} cannot be told from the best frozen head, "
+            f"{frozen.name}: {_points(difference)} points (p = {p_value:.2g}), {time}."
+        )
+    gains = "gains" if difference.value > 0 else "loses"
+    shown = difference if difference.value > 0 else _negated(difference)
+    return (
+        f"{tuned.name[0].upper()}{tuned.name[1:]} {gains} {_points(shown)} points of accuracy "
+        f"against the best frozen head, {frozen.name}, {time} (p = {p_value:.2g})."
+    )
+
+
+def _negated(score: Score) -> Score:
+    return Score(-score.value, -score.high, -score.low)

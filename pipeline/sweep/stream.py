@@ -1,0 +1,371 @@
+"""Fit a head on features that do not fit in memory: the same protocol, by passes over the store."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.names import counted
+from pipeline.errors import ResourceError, TlpipeError, UsageError
+from pipeline.heads import HEADS, describe_setting, head_class
+from pipeline.heads.base import Head, softmax
+from pipeline.heads.calibration import fit_temperature
+from pipeline.heads.model import HeadModel
+from pipeline.heads.scaling import Scaler
+from pipeline.heads.streaming.fit import STREAMED, Fitted, MemoryPlan, StreamedFit, can_stream
+from pipeline.heads.streaming.moments import Parts
+from pipeline.heads.streaming.outcomes import Outcomes
+from pipeline.runs.predictions import Predictions
+from pipeline.sweep.grids import Setting
+from pipeline.sweep.head_run import Clock, HeadRun, _fit_notes
+from pipeline.sweep.prepare import Prepared
+from pipeline.sweep.search import Selection
+from pipeline.sweep.trials import Candidate, Trial
+
+Array = NDArray[Any]
+Indices = NDArray[np.intp]
+Logits = dict[int, Array]
+
+_COPIES = 3
+_LOGITS_SHARE = 0.25  # of the room, for scores that temperatures are fitted on
+_SLACK_BYTES = 130e6
+_OUTCOME_BYTES = 110  # of a sample that chooses, for each setting
+_SCORE_BYTES = 300  # of a sample while it is scored
+_MIN_CALIBRATION = 1000  # samples that a temperature is fitted on
+_STATM = Path("/proc/self/statm")
+
+
+def must_stream(data: Prepared, memory_limit: float) -> bool:
+    """Whether a fit in memory, about three copies of the features, would exceed the limit."""
+    n_samples, n_features = data.inputs.features.shape
+    return resident_bytes() + 4 * _COPIES * n_samples * n_features > memory_limit
+
+
+def resident_bytes() -> float:
+    """Memory that this process holds; at its peak, where the system does not say how much now."""
+    if _STATM.exists():
+        return float(os.sysconf("SC_PAGE_SIZE") * int(_STATM.read_text().split()[1]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else 1024 * peak)
+
+
+def fit_streamed(
+    data: Prepared,
+    *,
+    head: str,
+    scaling: str,
+    settings: Sequence[Setting],
+    metric: str,
+    memory_limit: float,
+    on_trial: Callable[[Trial], None],
+    clock: Clock,
+) -> HeadRun:
+    """Choose a setting, fit it and score it; all settings share the passes.
+
+    Args:
+        data: samples and protocol; no feature is held.
+        head: a key of ``pipeline.heads.HEADS``.
+        scaling: one of ``pipeline.heads.scaling.SCALINGS``.
+        settings: to try; those that need all features at once are left out, and it is said.
+        metric: what chooses.
+        memory_limit: of the whole process, bytes.
+        on_trial: called with every setting that was tried.
+        clock: of the phases.
+
+    Raises:
+        UsageError: no setting of this head can be fitted this way.
+        ResourceError: the limit leaves no room.
+        TlpipeError: every setting failed.
+    """
+    usable = [setting for setting in settings if can_stream(head, setting)]
+    if not usable:
+        raise UsageError(_cannot(head, settings))
+    fit = _Streamed.of(data, head, scaling, usable, metric, memory_limit)
+    trials = fit.choose(on_trial)
+    best = max((t for t in trials if not t.failure), key=lambda t: fit.rank(t), default=None)
+    if best is None:
+        reasons = "\n".join(f"  {t.candidate.describe()}: {t.failure}" for t in trials)
+        raise TlpipeError(f"Every setting of head {head!r} failed:\n{reasons}")
+    clock.lap("select")
+    model = fit.refit(best)
+    clock.lap("fit")
+    run = fit.finish(best, trials, model, clock)
+    left_out = len(settings) - len(usable)
+    rows = fit.streamed.rows
+    notes = [
+        f"The features were streamed from disk, in {counted(rows.n_passes, 'pass', 'passes')} over "
+        f"blocks of {rows.block_rows:,} rows."
+    ]
+    if left_out:
+        notes.append(
+            f"{counted(left_out, 'setting')} left out: "
+            f"{'it needs' if left_out == 1 else 'they need'} all features in memory."
+        )
+    return replace(run, notes=notes + run.notes)
+
+
+def _cannot(head: str, settings: Sequence[Setting]) -> str:
+    """Why a head is not streamed, and what to do instead."""
+    others = "logreg (L2), ridge, svm (kernel=linear, squared hinge) and prototype"
+    if head == "knn":
+        return (
+            "A knn head is its training samples, and they exceed --memory-limit.\n"
+            "  Take  --head prototype, a higher limit, or extract fewer images with --limit."
+        )
+    what = f"Head {head!r}"
+    if head in STREAMED:
+        what += f" with {describe_setting(settings[0])}"
+    return (
+        f"{what} needs all features in memory, and they exceed --memory-limit.\n"
+        f"  Heads that are fitted from disk: {others}."
+    )
+
+
+@dataclass
+class _Streamed:
+    """One head on one protocol.
+
+    Attributes:
+        data: samples and protocol.
+        head: its name.
+        scaling: of its features.
+        settings: to try.
+        metric: that chooses.
+        streamed: the fits.
+        logits_bytes: what scores may be kept.
+        fitted: heads of the chosen scaling that have not seen a part, by setting.
+        outcomes: of the settings on the samples that choose.
+    """
+
+    data: Prepared
+    head: str
+    scaling: str
+    settings: list[Setting]
+    metric: str
+    streamed: StreamedFit
+    logits_bytes: float
+    first_scaler: Scaler
+    fitted: dict[int, dict[int, Fitted]]
+    outcomes: dict[int, Outcomes]
+
+    @classmethod
+    def of(
+        cls,
+        data: Prepared,
+        head: str,
+        scaling: str,
+        settings: Sequence[Setting],
+        metric: str,
+        memory_limit: float,
+    ) -> _Streamed:
+        kind = head_class(head)
+        seed = {"seed": data.seed} if "seed" in kind.parameter_names() else {}
+        seeded = [seed | setting for setting in settings]
+        if not data.protocol.folds:
+            seeded = seeded[:1]
+        parts = _parts(data)
+        features = data.inputs.features
+        held = resident_bytes() + _SLACK_BYTES
+        n_choose = sum(len(fold.choose) for fold in data.protocol.folds)
+        held += n_choose * (_OUTCOME_BYTES * len(seeded) + _SCORE_BYTES)
+        room = memory_limit - held
+        logits_bytes = 12.0 * len(data.known) * n_choose * len(seeded)
+        logits_bytes = max(0.0, min(_LOGITS_SHARE * room, logits_bytes))
+        plan = MemoryPlan.of(
+            head, features.shape[1], len(data.known), parts.n_parts, len(seeded),
+            room - logits_bytes,
+        )  # fmt: skip
+        if plan.needed_bytes > room - logits_bytes:
+            needed = (held + plan.needed_bytes / (1 - _LOGITS_SHARE)) / 1e9
+            raise ResourceError(
+                f"--memory-limit {memory_limit / 1e9:.2f} GB leaves too little room: Python, its "
+                f"libraries and the table of samples take {held / 1e9:.2f} GB.\n"
+                f"  This fit needs about {needed:.2f} GB:  --memory-limit {needed:.1f}GB"
+            )
+        streamed = StreamedFit(head, features, parts, scaling, data.inputs.widths, seeded, plan)
+        first = _train_parts(data, parts) if len(data.protocol.folds) != 1 else [0]
+        scaler = streamed.scaler(first)
+        return cls(data, head, scaling, seeded, metric, streamed, logits_bytes, scaler, {}, {})
+
+    def candidate(self, i: int) -> Candidate:
+        """Setting number ``i``."""
+        return Candidate(self.head, self.data.inputs.layer_names, self.scaling, self.settings[i])
+
+    def rank(self, trial: Trial) -> tuple[float, ...]:
+        """Larger is better; of equals the first."""
+        if not trial.scores:
+            return (0.0,)
+        return (*trial.rank(self.metric), -float(self.settings.index(trial.setting)))
+
+    def choose(self, on_trial: Callable[[Trial], None]) -> list[Trial]:
+        """Fit every setting on every fold, and score the rows that choose."""
+        if not self.data.protocol.folds:
+            return [Trial(self.candidate(0), 0.0)]
+        started = time.perf_counter()
+        places = range(len(self.settings))
+        left_out = range(1, self.streamed.parts.n_parts)
+        self.fitted = {i: {} for i in places}
+        for one in self.streamed.fit(places, left_out, self.first_scaler):
+            self.fitted[one.setting][one.left_out] = one
+        failures = {
+            i: next((one.failure for one in own.values() if one.failure), "")
+            for i, own in self.fitted.items()
+        }
+        good = [i for i in places if not failures[i]]
+        temperatures = self._score(good)
+        seconds = (time.perf_counter() - started) / len(self.settings)
+        trials = []
+        for i in places:
+            if failures[i]:
+                trial = Trial(self.candidate(i), seconds, failure=failures[i])
+            else:
+                scores = self.outcomes[i].scores(n_resamples=0)
+                converged = all(one.head.converged_ for one in self.fitted[i].values())
+                trial = Trial(
+                    self.candidate(i), seconds, {k: v.value for k, v in scores.items()},
+                    temperatures[i], converged,
+                )  # fmt: skip
+            trials.append(trial)
+            on_trial(trial)
+        return trials
+
+    def _score(self, good: Sequence[int]) -> dict[int, float]:
+        """Temperatures by setting; the outcomes are kept."""
+        rows = np.concatenate([fold.choose for fold in self.data.protocol.folds])
+        temperatures = dict.fromkeys(good, 1.0)
+        held: list[tuple[Indices, Logits]] = []
+        if HEADS[self.head].calibrated and good:
+            # Of one setting at a time, copies in float64 are made.
+            row_bytes = len(self.data.known) * (4.0 * len(good) + 60)
+            n_kept = int(min(len(rows), max(_MIN_CALIBRATION, self.logits_bytes // row_bytes)))
+            sampled = np.zeros(len(self.data.codes), dtype=bool)
+            sampled[rows[np.linspace(0, len(rows) - 1, n_kept).astype(np.intp)]] = True
+            for samples, logits in self._logits(good):
+                kept = sampled[samples]
+                held.append((samples[kept], {i: x[kept] for i, x in logits.items()}))
+            truth = self.data.codes[np.concatenate([samples for samples, _ in held])]
+            for i in good:
+                own = np.concatenate([logits[i] for _, logits in held])
+                temperatures[i] = fit_temperature(own, truth)
+            if n_kept < len(rows):
+                held.clear()
+        self.outcomes = {i: Outcomes(rows, self.data.codes, self._n_scored) for i in good}
+        for samples, logits in held or self._logits(good):
+            for i, own in logits.items():
+                self.outcomes[i].add(samples, softmax(own / temperatures[i]))
+        return temperatures
+
+    @property
+    def _n_scored(self) -> int:
+        return len(self.data.known) + len(self.data.unseen)
+
+    def _logits(self, good: Sequence[int]) -> Iterator[tuple[Indices, Logits]]:
+        """Scores of the rows that choose, by the heads that have not seen them."""
+        numbers = self.streamed.parts.numbers
+        for samples, raw in self.streamed.rows.blocks(numbers > 0):
+            X = self.first_scaler(raw)
+            own = numbers[samples]
+            logits = {
+                i: np.full((len(samples), len(self.data.known)), -np.inf, np.float32) for i in good
+            }
+            for part in np.unique(own).tolist():
+                mine = np.flatnonzero(own == part)
+                for i in good:
+                    head: Head = self.fitted[i][part].head
+                    logits[i][np.ix_(mine, head.classes_)] = head.logits(X[mine])
+            yield samples, logits
+
+    def refit(self, best: Trial) -> HeadModel:
+        """Fit the chosen setting on train and val; train alone scales."""
+        scaler = self.streamed.scaler(_train_parts(self.data, self.streamed.parts))
+        i = self.settings.index(best.setting)
+        near = next(iter(self.fitted.get(i, {}).values()), None)
+        self.fitted.clear()
+        start = None if near is None else (near.head, self.first_scaler)
+        (found,) = self.streamed.fit([i], [0], scaler, start)
+        self.streamed.moments.grams.clear()  # scores need the room
+        if found.head is None:
+            raise TlpipeError(
+                f"Head {self.head!r} with {best.candidate.describe()} could not be fitted on all "
+                f"{len(self.data.protocol.refit):,} samples: {found.failure}"
+            )
+        return HeadModel(scaler, found.head, best.temperature, self.data.known)
+
+    def finish(self, best: Trial, trials: list[Trial], model: HeadModel, clock: Clock) -> HeadRun:
+        """Score test once, and put everything together."""
+        data, inputs, protocol = self.data, self.data.inputs, self.data.protocol
+        i = self.settings.index(best.setting)
+        started = time.perf_counter()
+        parts: dict[str, Outcomes] = {}
+        rows_by_split = {"test": protocol.test}
+        if len(protocol.test):
+            parts["test"] = Outcomes(protocol.test, data.codes, self._n_scored)
+            wanted = np.zeros(len(data.codes), dtype=bool)
+            wanted[protocol.test] = True
+            for samples, raw in self.streamed.rows.blocks(wanted):
+                parts["test"].add(samples, model.predict_proba(raw))
+            clock.laps["predict"] = 1000 * (time.perf_counter() - started) / len(protocol.test)
+        if self.outcomes:
+            parts["val"] = self.outcomes[i]
+            rows_by_split["val"] = np.concatenate([fold.choose for fold in protocol.folds])
+        split = next(iter(parts), "")
+        rows = rows_by_split.get(split, protocol.test)
+        outcome = parts.get(split, Outcomes(rows, data.codes, self._n_scored))
+        scores = {name: part.scores(seed=data.seed) for name, part in parts.items()}
+        chosen = self.outcomes.get(i)
+        chosen_rows = rows_by_split.get("val", np.zeros(0, np.intp))
+        selection = Selection(best, trials, chosen_rows, np.zeros((0, len(data.known))))
+        clock.lap("score")
+        return HeadRun(
+            head=self.head,
+            model=model,
+            inputs=inputs.blocks,
+            label=inputs.label_column,
+            seed=data.seed,
+            best=best,
+            metric=self.metric,
+            trials=trials,
+            chosen_by=protocol.chosen_by,
+            scored_on=split,
+            scores=scores,
+            confusion=outcome.confusion(),
+            score_classes=(*data.known, *data.unseen),
+            predictions=Predictions(
+                ids=inputs.ids[rows],
+                splits=inputs.splits[rows],
+                labels=inputs.labels[rows],
+                predicted=np.array(model.classes, dtype=object)[outcome.predicted],
+                probability=outcome.confidence,
+            ),
+            chosen_right=(
+                np.zeros(0, bool) if chosen is None else chosen.predicted == chosen.truth
+            ),
+            n_samples=data.n_samples(),
+            split_origin=data.split_origin,
+            seconds=clock.seconds(),
+            data_digest=inputs.digest(),
+            notes=_fit_notes(model, selection, data),
+        )
+
+
+def _parts(data: Prepared) -> Parts:
+    """Every sample that is fitted on, by the fold that it chooses in; 0 for none."""
+    numbers = np.full(len(data.codes), -1, dtype=np.int8)
+    numbers[data.protocol.refit] = 0
+    for number, fold in enumerate(data.protocol.folds, 1):
+        numbers[fold.choose] = number
+    return Parts(data.codes, numbers, len(data.protocol.folds) + 1, len(data.known))
+
+
+def _train_parts(data: Prepared, parts: Parts) -> list[int]:
+    """The parts that train consists of."""
+    return [0] if data.protocol.kind == "val" else list(range(parts.n_parts))

@@ -1,0 +1,277 @@
+"""Heads fitted by passes over stored rows are those that are fitted in memory."""
+
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+
+from pipeline.heads import make_head
+from pipeline.heads.metrics import evaluate
+from pipeline.heads.scaling import fit_scaler
+from pipeline.heads.streaming.fit import MemoryPlan, StreamedFit, can_stream
+from pipeline.heads.streaming.moments import Parts, gather
+from pipeline.heads.streaming.outcomes import Outcomes
+from pipeline.heads.streaming.rows import StoredRows
+from pipeline.sweep.prepare import plan
+from tests.heads.toy_stores import blobs, cycle, make_store, splits_of
+
+N = 400
+WIDTHS = (16,)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """400 samples of four classes, with features that are far from standardised."""
+    labels = cycle("abcd", N)
+    X = 3 + blobs(labels, n_features=16, noise=1.5) * np.geomspace(0.1, 10, 16)
+    folder = tmp_path_factory.mktemp("stores") / "s"
+    make_store(folder, {"penultimate": X}, {"label": labels}, splits_of(N))
+    return plan(folder)
+
+
+@pytest.fixture
+def parts(data):
+    """Five parts: the first in every fit, the others left out of one each."""
+    numbers = np.random.default_rng(0).integers(0, 5, N).astype(np.int8)
+    return Parts(data.codes, numbers, 5, 4)
+
+
+def streamed(data, parts, name, settings, *, kind="standardise", block_rows=90, dtype=np.float64):
+    memory = MemoryPlan(0, block_rows, 8, dtype)
+    features = data.inputs.features
+    return StreamedFit(name, features, parts, kind, WIDTHS, settings, memory)
+
+
+def objective(head, X, y):
+    scores = X @ head.coef_.T.astype(np.float64) + head.intercept_
+    losses = logsumexp(scores, axis=1) - scores[np.arange(len(y)), y]
+    return head.C * losses.sum() + 0.5 * np.square(head.coef_).sum()
+
+
+@pytest.mark.parametrize("block_rows", [1, 7, 400, 10_000])
+def test_a_pass_gives_every_wanted_row_once_with_its_features(data, block_rows):
+    rows = StoredRows(data.inputs.features, block_rows)
+    wanted = np.arange(N) % 3 == 0
+    seen = list(rows.blocks(wanted))
+
+    samples = np.concatenate([own for own, _ in seen])
+    assert sorted(samples) == np.flatnonzero(wanted).tolist()
+    np.testing.assert_array_equal(np.concatenate([X for _, X in seen]), data.inputs.X[samples])
+    assert max(len(own) for own, _ in seen) <= block_rows
+    assert rows.n_passes == 1
+
+
+def test_rows_that_nobody_wants_are_no_blocks(data):
+    assert list(StoredRows(data.inputs.features, 50).blocks(np.zeros(N, dtype=bool))) == []
+
+
+def test_order_of_the_files_is_followed(tmp_path):
+    features = {"penultimate": np.arange(24.0).reshape(12, 2)}
+    made = make_store(tmp_path / "s", features, {"label": cycle("ab", 12)}, splits_of(12))
+    inputs = plan(made).inputs
+    backwards = type(inputs.features)(
+        inputs.features.stores, inputs.features.layers, (inputs.features.rows[0][::-1],)
+    )
+
+    (first, X), *_ = StoredRows(backwards, 5).blocks(np.ones(12, dtype=bool))
+
+    assert first.tolist() == [11, 10, 9, 8, 7]
+    np.testing.assert_array_equal(X, features["penultimate"][:5])
+
+
+def test_moments_are_those_of_all_rows_at_once(data, parts):
+    from pipeline.heads.scaling import Scaler
+
+    weights = np.random.default_rng(1).uniform(0, 2, (2, 5, 4))
+    weights[1, 2] = 0
+    rows = StoredRows(data.inputs.features, 70)
+    X = data.inputs.X.astype(np.float64)
+
+    found = gather(rows, parts, Scaler("none", WIDTHS), weights)
+
+    centred = X - found.shift
+    own = weights[:, parts.numbers, parts.codes]
+    for gram, weight in zip(found.grams, own, strict=True):
+        np.testing.assert_allclose(np.triu(gram), np.triu((centred.T * weight) @ centred))
+    for part in range(5):
+        for code in range(4):
+            here = (parts.numbers == part) & (parts.codes == code)
+            np.testing.assert_allclose(found.sums[part, code], centred[here].sum(axis=0))
+    expected = fit_scaler(data.inputs.X[parts.numbers != 1], "standardise")
+    scaler = found.scaler("standardise", WIDTHS, [0, 2, 3, 4])
+    np.testing.assert_allclose(scaler.mean, expected.mean)
+    np.testing.assert_allclose(scaler.scale, expected.scale)
+
+
+def test_constant_feature_keeps_its_scale(tmp_path):
+    X = np.stack([np.full(40, 1000.0), np.arange(40.0)], axis=1)
+    made = make_store(tmp_path / "s", {"penultimate": X}, {"label": cycle("ab", 40)}, [""] * 40)
+    data = plan(made)
+    parts = Parts(data.codes, np.zeros(40, np.int8), 1, 2)
+
+    fit = streamed(data, parts, "prototype", [{}])
+
+    assert fit.scaler([0]).scale[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["standardise", "l2", "none"])
+@pytest.mark.parametrize("class_weight", [None, "balanced", {0: 3.0, 2: 0.5}])
+def test_ridge_is_the_one_in_memory(data, parts, kind, class_weight):
+    settings = [{"alpha": alpha, "class_weight": class_weight} for alpha in (0.1, 10.0, 1e3)]
+    fit = streamed(data, parts, "ridge", settings, kind=kind)
+    scaler = fit.scaler([0, 1, 2, 3, 4])
+    X = scaler(data.inputs.X)
+
+    found = fit.fit(range(3), [0, 1, 4], scaler)
+
+    assert len(found) == 9
+    assert fit.rows.n_passes == 1
+    for one in found:
+        rows = parts.numbers != one.left_out if one.left_out else slice(None)
+        held = make_head("ridge", **settings[one.setting]).fit(
+            X[rows].astype(np.float64), data.codes[rows]
+        )
+        np.testing.assert_allclose(one.head.coef_, held.coef_, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(one.head.intercept_, held.intercept_, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("standardise", np.float64), ("l2", np.float32), ("none", np.float64), ("standardise", None)],
+)
+def test_logistic_reaches_the_optimum(data, parts, kind, dtype):
+    settings = [{"C": C} for C in (1e-3, 0.1, 10.0)]
+    fit = streamed(data, parts, "logreg", settings, kind=kind, dtype=dtype, block_rows=200)
+    scaler = fit.scaler([0])
+    X = scaler(data.inputs.X).astype(np.float64)
+
+    for one in fit.fit(range(3), [0, 2], scaler):
+        rows = parts.numbers != one.left_out if one.left_out else slice(None)
+        C = settings[one.setting]["C"]
+        best = make_head("logreg", C=C, tol=1e-9).fit(X[rows], data.codes[rows])
+        gap = objective(one.head, X[rows], data.codes[rows]) / objective(
+            best, X[rows], data.codes[rows]
+        )
+        assert gap - 1 < 1e-4
+        assert one.head.converged_
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+@pytest.mark.parametrize("name", ["logreg", "svm"])
+def test_linear_heads_agree_with_those_in_memory(data, parts, name, n_classes):
+    codes = data.codes % n_classes
+    parts = Parts(codes, parts.numbers, 5, n_classes)
+    setting = {"C": 0.05, "class_weight": "balanced", "tol": 1e-7}
+    if name == "svm":
+        setting["kernel"] = "linear"
+    fit = streamed(data, parts, name, [setting], block_rows=200)
+    scaler = fit.scaler([0, 1, 2, 3, 4])
+    X = scaler(data.inputs.X)
+    rows = parts.numbers != 3
+
+    (found,) = fit.fit([0], [3], scaler)
+
+    held = make_head(name, **setting).fit(X[rows].astype(np.float64), codes[rows])
+    np.testing.assert_allclose(found.head.logits(X), held.logits(X), atol=5e-3)
+    restored = type(held).from_arrays(setting, found.head.to_arrays())
+    np.testing.assert_array_equal(restored.predict(X), found.head.predict(X))
+
+
+def test_start_does_not_move_the_optimum_and_saves_passes(data, parts):
+    fit = streamed(data, parts, "logreg", [{"C": 1.0, "tol": 1e-8}], block_rows=400)
+    scaler, other = fit.scaler([0, 1, 2, 3, 4]), fit.scaler([0])
+    (cold,) = fit.fit([0], [0], scaler)
+    n_cold = fit.rows.n_passes
+    X = data.inputs.X
+
+    (warm,) = fit.fit([0], [0], other, (cold.head, scaler))
+
+    assert fit.rows.n_passes - n_cold < n_cold
+    scores = warm.head.logits(other(X)) - cold.head.logits(scaler(X))
+    assert np.abs(scores).max() < 0.3  # the scaling differs, and with it the penalty
+
+
+@pytest.mark.parametrize("normalise", ["cl2n", "l2n", "none"])
+@pytest.mark.parametrize("kind", ["standardise", "none"])
+def test_prototypes_are_those_in_memory(data, parts, normalise, kind):
+    fit = streamed(data, parts, "prototype", [{"normalise": normalise}], kind=kind)
+    scaler = fit.scaler([0, 1, 2, 3, 4])
+    X = scaler(data.inputs.X)
+
+    for one in fit.fit([0], [0, 1], scaler):
+        rows = parts.numbers != one.left_out if one.left_out else slice(None)
+        held = make_head("prototype", normalise=normalise).fit(X[rows], data.codes[rows])
+        np.testing.assert_allclose(one.head.mean_, held.mean_, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(one.head.prototypes_, held.prototypes_, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [("ridge", {}), ("logreg", {}), ("prototype", {"normalise": "none"})]
+)
+def test_fit_without_some_class_knows_the_others(data, parts, name, setting):
+    codes = data.codes.copy()
+    codes[(codes == 2) & (parts.numbers != 1)] = 0
+    parts = Parts(codes, parts.numbers, 5, 4)
+    fit = streamed(data, parts, name, [setting], block_rows=200)
+    scaler = fit.scaler([0, 1, 2, 3, 4])
+    X = scaler(data.inputs.X)
+    rows = parts.numbers != 1
+
+    without, everything = fit.fit([0], [1, 0], scaler)
+
+    assert without.head.classes_.tolist() == [0, 1, 3]
+    assert everything.head.classes_.tolist() == [0, 1, 2, 3]
+    held = make_head(name, **setting).fit(X[rows], codes[rows])
+    np.testing.assert_allclose(without.head.logits(X), held.logits(X), atol=0.05)
+
+
+def test_bad_setting_fails_alone(data, parts):
+    fit = streamed(data, parts, "ridge", [{"alpha": 1.0}, {"alpha": -1.0}])
+
+    found = fit.fit([0, 1], [0], fit.scaler([0]))
+
+    failures = {one.setting: one.failure for one in found}
+    assert failures == {0: "", 1: "ValueError: alpha is -1.0, expected a number above 0"}
+
+
+def test_solver_that_stops_early_says_so(data, parts):
+    fit = streamed(data, parts, "logreg", [{"C": 1e4, "max_iter": 1}])
+
+    (found,) = fit.fit([0], [0], fit.scaler([0]))
+
+    assert not found.head.converged_
+    assert found.head.n_iter_ == 1
+
+
+def test_outcomes_score_as_all_probabilities_do():
+    rng = np.random.default_rng(0)
+    rows = rng.permutation(50)[:30]
+    codes = rng.integers(0, 3, 50)
+    probabilities = rng.dirichlet(np.ones(3), 50)
+    outcomes = Outcomes(rows, codes, 4)
+
+    for block in np.array_split(np.sort(rows), 4):
+        outcomes.add(block, probabilities[block])
+
+    padded = np.pad(probabilities, ((0, 0), (0, 1)))
+    assert outcomes.scores(seed=3) == evaluate(codes[rows], padded[rows], seed=3)
+    np.testing.assert_array_equal(outcomes.predicted, probabilities[rows].argmax(axis=1))
+    assert outcomes.confusion().sum() == 30
+
+
+def test_what_streams():
+    assert can_stream("svm", {"kernel": "linear"})
+    assert not can_stream("svm", {})
+    assert not can_stream("svm", {"kernel": "linear", "loss": "hinge"})
+    assert not can_stream("logreg", {"penalty": "l1"})
+    assert not can_stream("mlp", {})
+
+
+@pytest.mark.parametrize("name", ["ridge", "logreg", "prototype"])
+def test_memory_plan_stays_within_its_room_and_says_what_it_needs(name):
+    tight = MemoryPlan.of(name, 2048, 100, 2, 6, 4e8)
+    ample = MemoryPlan.of(name, 2048, 100, 2, 6, 4e10)
+
+    assert tight.needed_bytes == ample.needed_bytes < 4e8
+    assert tight.block_rows <= ample.block_rows
+    assert tight.n_problems <= ample.n_problems
+    assert 8 * tight.block_rows * 2048 < 4e8

@@ -1,0 +1,200 @@
+"""Fitting within a memory limit: the same protocol and result, by passes over the store."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pipeline.commands.fit_head import parse_size
+from pipeline.errors import ResourceError, UsageError
+from pipeline.sweep import fit, stream
+from pipeline.sweep.fit import fit_head
+from tests.heads.toy_stores import blobs, cycle, make_store, splits_of
+
+LINEAR = [{"kernel": "linear", "C": C, "tol": 1e-6} for C in (1e-4, 1e-2, 1.0)]
+LIMIT = 1e10
+
+
+@pytest.fixture
+def tiny_memory(monkeypatch):
+    """Features never fit in memory, and a block holds 150 rows at most."""
+    monkeypatch.setattr(fit, "must_stream", lambda *_: True)
+    monkeypatch.setattr("pipeline.heads.streaming.fit._MAX_BLOCK_ROWS", 150)
+
+
+def store_of(folder, n_train, n_val, n_test, names="abc"):
+    labels = cycle(names, n_train + n_val + n_test)
+    X = 2 + blobs(labels, noise=1.3) * np.geomspace(0.1, 10, 8)
+    return make_store(
+        folder, {"penultimate": X}, {"label": labels}, splits_of(n_train, n_val, n_test)
+    )
+
+
+@pytest.mark.parametrize("head", ["ridge", "logreg", "svm", "prototype"])
+@pytest.mark.parametrize("sizes", [(240, 90, 90), (240, 0, 90)], ids=["val", "folds"])
+def test_run_is_the_one_in_memory(tmp_path, tiny_memory, head, sizes):
+    made = store_of(tmp_path / "s", *sizes)
+    settings = LINEAR if head == "svm" else None
+
+    held = fit_head(made, head=head, settings=settings)
+    streamed = fit_head(made, head=head, settings=settings, memory_limit=LIMIT)
+
+    assert streamed.notes[0].startswith("The features were streamed from disk, in ")
+    assert streamed.notes[1:] == held.notes
+    assert streamed.best.setting == held.best.setting
+    assert streamed.chosen_by == held.chosen_by
+    assert [t.setting for t in streamed.trials] == [t.setting for t in held.trials]
+    for ours, theirs in zip(streamed.trials, held.trials, strict=True):
+        assert ours.top1 == pytest.approx(theirs.top1, abs=0.005)
+        assert ours.scores["nll"] == pytest.approx(theirs.scores["nll"], rel=0.01)
+    assert streamed.metrics["top1"] == held.metrics["top1"]
+    assert streamed.predictions.ids.tolist() == held.predictions.ids.tolist()
+    np.testing.assert_allclose(
+        streamed.predictions.probability, held.predictions.probability, atol=0.01
+    )
+    np.testing.assert_array_equal(streamed.confusion, held.confusion)
+    assert streamed.chosen_right.mean() == pytest.approx(held.chosen_right.mean(), abs=0.005)
+    assert streamed.data_digest == held.data_digest
+    assert streamed.model.temperature == pytest.approx(held.model.temperature, rel=0.01)
+    json.dumps(streamed.to_dict(), allow_nan=False)
+
+
+def test_held_out_part_of_a_large_train(tmp_path, tiny_memory):
+    made = store_of(tmp_path / "s", 2100, 0, 0, "ab")
+
+    held, streamed = fit_head(made, head="ridge"), fit_head(made, head="ridge", memory_limit=LIMIT)
+
+    assert streamed.chosen_by.startswith("20% of train")
+    assert streamed.scored_on == "val"
+    assert streamed.metrics["top1"] == held.metrics["top1"]
+    assert streamed.metrics["nll"].value == pytest.approx(held.metrics["nll"].value)
+    np.testing.assert_allclose(streamed.model.head.coef_, held.model.head.coef_, rtol=1e-3)
+    np.testing.assert_allclose(streamed.model.scaler.mean, held.model.scaler.mean)
+
+
+def test_two_stores_in_different_orders(tmp_path, tiny_memory):
+    first = store_of(tmp_path / "s", 240, 90, 90)
+    ids = first.ids()[::-1]
+    other = make_store(
+        tmp_path / "o",
+        {"penultimate": blobs(cycle("cba", 420), n_features=4, noise=2.0, seed=7)},
+        {"label": cycle("cba", 420)},
+        [""] * 420,
+        ids=ids,
+        backbone="other",
+    )
+
+    held = fit_head([first, other], head="ridge")
+    streamed = fit_head([first, other], head="ridge", memory_limit=LIMIT)
+
+    assert streamed.model.head.n_features_in_ == 12
+    assert streamed.metrics["top1"] == held.metrics["top1"]
+    np.testing.assert_allclose(
+        streamed.model.head.coef_, held.model.head.coef_, rtol=1e-3, atol=1e-5
+    )
+
+
+def test_temperature_of_few_samples_is_near(tmp_path, tiny_memory, monkeypatch):
+    made = store_of(tmp_path / "s", 2100, 900, 90)
+    everything = fit_head(made, head="ridge", memory_limit=LIMIT)
+    monkeypatch.setattr(stream, "_MIN_CALIBRATION", 300)
+    monkeypatch.setattr(stream, "_LOGITS_SHARE", 0.0)
+
+    few = fit_head(made, head="ridge", memory_limit=LIMIT)
+
+    assert few.model.temperature != everything.model.temperature
+    assert few.model.temperature == pytest.approx(everything.model.temperature, rel=0.3)
+    assert few.metrics["top1"] == everything.metrics["top1"]
+
+
+def test_one_sample_a_class_and_classes_of_test_alone(tmp_path, tiny_memory):
+    labels = [*"abc", *cycle("abcz", 40)]
+    features = {"penultimate": blobs(labels, noise=0.1)}
+    made = make_store(tmp_path / "s", features, {"label": labels}, splits_of(3, 0, 40))
+
+    run = fit_head(made, head="prototype", memory_limit=LIMIT)
+
+    assert run.chosen_by.startswith("nothing")
+    assert run.score_classes == ("a", "b", "c", "z")
+    assert run.metrics["top1"].value == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("head", ["logreg", "ridge"])
+def test_classes_of_test_alone_count_as_errors(tmp_path, tiny_memory, head):
+    labels = [*cycle("ab", 60), *cycle("abz", 30)]
+    features = {"penultimate": blobs(labels, noise=0.1)}
+    made = make_store(tmp_path / "s", features, {"label": labels}, splits_of(60, 0, 30))
+
+    run = fit_head(made, head=head, memory_limit=LIMIT)
+
+    assert run.metrics["top1"].value == pytest.approx(20 / 30)
+
+
+def test_class_of_val_alone_is_learned_in_the_end(tmp_path, tiny_memory):
+    labels = [*cycle("ab", 40), *cycle("abz", 30), *cycle("abz", 30)]
+    features = {"penultimate": blobs(labels, noise=0.1)}
+    made = make_store(tmp_path / "s", features, {"label": labels}, splits_of(40, 30, 30))
+
+    run = fit_head(made, memory_limit=LIMIT)
+
+    assert run.best.top1 == pytest.approx(20 / 30)
+    assert run.metrics["top1"].value > 0.9
+
+
+def test_settings_that_need_all_features_are_left_out(tmp_path, tiny_memory):
+    made = store_of(tmp_path / "s", 240, 90, 90)
+
+    run = fit_head(made, head="svm", memory_limit=LIMIT)
+
+    assert {trial.setting["kernel"] for trial in run.trials} == {"linear"}
+    assert "2 settings left out: they need all features in memory." in run.notes
+
+
+def test_heads_that_do_not_stream_name_those_that_do(tmp_path, tiny_memory):
+    made = store_of(tmp_path / "s", 240, 90, 90)
+
+    with pytest.raises(UsageError, match=r"Head 'mlp' needs all features in memory.*\n.*ridge"):
+        fit_head(made, head="mlp", memory_limit=LIMIT)
+    with pytest.raises(UsageError, match=r"A knn head is its training samples(.|\n)*prototype"):
+        fit_head(made, head="knn", memory_limit=LIMIT)
+    with pytest.raises(UsageError, match="Head 'logreg' with penalty=l1, C=1 needs all features"):
+        fit_head(made, settings=[{"penalty": "l1", "C": 1.0}], memory_limit=LIMIT)
+
+
+def test_limit_that_leaves_no_room_says_what_is_needed(tmp_path, tiny_memory):
+    made = store_of(tmp_path / "s", 240, 90, 90)
+
+    with pytest.raises(
+        ResourceError, match=r"0\.10 GB leaves too little room: Python, (.|\n)* needs about"
+    ):
+        fit_head(made, memory_limit=1e8)
+
+
+def test_limit_that_is_not_reached_changes_nothing(tmp_path):
+    made = store_of(tmp_path / "s", 240, 90, 90)
+
+    held, limited = fit_head(made), fit_head(made, memory_limit=1e11)
+
+    assert held.notes == limited.notes
+    np.testing.assert_array_equal(held.model.head.coef_, limited.model.head.coef_)
+
+
+def test_features_larger_than_the_memory_name_the_option(tmp_path, monkeypatch):
+    made = store_of(tmp_path / "s", 240, 90, 90)
+    monkeypatch.setattr("pipeline.heads.features.available_bytes", lambda: 1000.0)
+
+    with pytest.raises(ResourceError, match="--memory-limit"):
+        fit_head(made)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2GB", 2e9), ("1.5 gb", 1.5e9), ("512MiB", 2**29), ("800000", 8e5)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["lots", "0GB", "-1GB", "2TBs"])
+def test_no_size(text):
+    with pytest.raises(UsageError, match="expected a size such as 800MB or 2GB"):
+        parse_size(text)
