@@ -19,6 +19,7 @@ PROBABILITY_FLOOR = float(np.finfo(np.float32).eps)
 """A probability of zero for the true class costs -log of this, 15.9 nats, not infinity."""
 
 _RESAMPLES_A_BLOCK = 50
+_RESAMPLE_BYTES = 2**25
 _TAIL = 0.025
 
 
@@ -69,7 +70,22 @@ def evaluate(
     n_samples, n_classes = probabilities.shape
     if n_samples == 0 or not np.isfinite(probabilities).all():
         raise ValueError(f"{n_samples} samples to score, expected 1 or more, all finite")
-    table = _contributions(labels, probabilities)
+    table = contributions(labels, probabilities)
+    return scores_of(table, n_classes, seed=seed, n_resamples=n_resamples)
+
+
+def scores_of(
+    table: csr_array, n_classes: int, *, seed: int = 0, n_resamples: int = N_RESAMPLES
+) -> dict[str, Score]:
+    """Scores and intervals from what each sample adds to them; see :func:`evaluate`.
+
+    Args:
+        table: (n_samples, n_sums), of :func:`contributions`.
+        n_classes: that it was made with.
+        seed: of the resampling.
+        n_resamples: bootstrap resamples.
+    """
+    n_samples = table.shape[0]
     values = _summarise(np.ones((1, n_samples)) @ table, n_samples, n_classes)
     resampled = [
         _summarise(counts @ table, n_samples, n_classes)
@@ -101,7 +117,7 @@ def rank_of_truth(labels: Array, probabilities: Array) -> NDArray[np.intp]:
     return rank
 
 
-def _contributions(labels: Array, probabilities: Array) -> csr_array:
+def contributions(labels: Array, probabilities: Array) -> csr_array:
     """What one sample adds to each sum that the scores are made of, (n_samples, n_sums), sparse.
 
     Columns: right, right within five, negative log-likelihood; then for each class right, true,
@@ -160,8 +176,9 @@ def _mean_where(numerator: Array, denominator: Array) -> NDArray[np.float64]:
 def _resample_counts(n_samples: int, n_resamples: int, seed: int) -> Iterator[Array]:
     """How often each resample draws each sample: blocks of (n_block, n_samples) float64."""
     rng = np.random.default_rng(seed)
-    for start in range(0, n_resamples, _RESAMPLES_A_BLOCK):
-        n_block = min(_RESAMPLES_A_BLOCK, n_resamples - start)
+    n_at_once = max(1, min(_RESAMPLES_A_BLOCK, _RESAMPLE_BYTES // (24 * n_samples)))
+    for start in range(0, n_resamples, n_at_once):
+        n_block = min(n_at_once, n_resamples - start)
         drawn = rng.integers(0, n_samples, (n_block, n_samples))
         drawn += np.arange(n_block)[:, None] * n_samples
         counts = np.bincount(drawn.ravel(), minlength=n_block * n_samples)

@@ -238,7 +238,7 @@ def finish_run(
         split_origin=data.split_origin,
         seconds=clock.seconds(),
         data_digest=inputs.digest(),
-        notes=_fit_notes(model, selection, data),
+        notes=fit_notes(model, selection, data),
     )
 
 
@@ -308,7 +308,7 @@ def _padded(probabilities: NDArray[np.float64], n_classes: int) -> NDArray[np.fl
     return np.pad(probabilities, ((0, 0), (0, n_classes - probabilities.shape[1])))
 
 
-def _fit_notes(model: HeadModel, selection: Selection, data: Prepared) -> list[str]:
+def fit_notes(model: HeadModel, selection: Selection, data: Prepared) -> list[str]:
     """What a user should know of the fit before believing its score."""
     best, protocol, trials = selection.best, data.protocol, selection.trials
     described = best.candidate.describe()

@@ -187,7 +187,7 @@ def _check_groups(groups: Array, splits: Array) -> None:
             f"{counted(len(torn), 'group')} of {len(seen):,} have samples in more than one split "
             f"({quoted(name.removeprefix('= ') for name in torn)}): what was learned on one would "
             "be scored on the same.\n"
-            "  Mend the splits with  tlpipe relabel, or leave --group-column out."
+            "  Mend the splits:  tlpipe relabel\n  Or leave --group-column out."
         )
 
 

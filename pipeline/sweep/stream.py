@@ -26,7 +26,7 @@ from pipeline.heads.streaming.moments import Parts
 from pipeline.heads.streaming.outcomes import Outcomes
 from pipeline.runs.predictions import Predictions
 from pipeline.sweep.grids import Setting
-from pipeline.sweep.head_run import Clock, HeadRun, _fit_notes
+from pipeline.sweep.head_run import Clock, HeadRun, fit_notes
 from pipeline.sweep.prepare import Prepared
 from pipeline.sweep.search import Selection
 from pipeline.sweep.trials import Candidate, Trial
@@ -353,7 +353,7 @@ class _Streamed:
             split_origin=data.split_origin,
             seconds=clock.seconds(),
             data_digest=inputs.digest(),
-            notes=_fit_notes(model, selection, data),
+            notes=fit_notes(model, selection, data),
         )
 
 

@@ -8,12 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array, vstack
 
-from pipeline.heads import metrics
-from pipeline.heads.metrics import N_RESAMPLES, Score, confusion_matrix
+from pipeline.heads.metrics import (
+    N_RESAMPLES,
+    Score,
+    confusion_matrix,
+    contributions,
+    scores_of,
+)
 
 Array = NDArray[Any]
-
-_RESAMPLE_BYTES = 2**25
 
 
 class Outcomes:
@@ -51,38 +54,14 @@ class Outcomes:
         self.predicted[places] = probabilities.argmax(axis=1)
         self.confidence[places] = probabilities.max(axis=1)
         self._places.append(places)
-        self._tables.append(metrics._contributions(self.truth[places], probabilities))
+        self._tables.append(contributions(self.truth[places], probabilities))
 
     def scores(self, *, seed: int = 0, n_resamples: int = N_RESAMPLES) -> dict[str, Score]:
         """As :func:`pipeline.heads.metrics.evaluate` on all probabilities at once."""
         order = np.argsort(np.concatenate(self._places), kind="stable")
         table = vstack(self._tables, format="csr")[order]
-        n_samples = len(self)
-        values = metrics._summarise(np.ones((1, n_samples)) @ table, n_samples, self.n_classes)
-        rng = np.random.default_rng(seed)
-        n_block = max(1, min(50, _RESAMPLE_BYTES // (24 * n_samples)))
-        resampled = []
-        for start in range(0, n_resamples, n_block):
-            n = min(n_block, n_resamples - start)
-            drawn = rng.integers(0, n_samples, (n, n_samples))
-            drawn += np.arange(n)[:, None] * n_samples
-            counts = np.bincount(drawn.ravel(), minlength=n * n_samples).reshape(n, n_samples)
-            sums = counts.astype(np.float64) @ table
-            resampled.append(metrics._summarise(sums, n_samples, self.n_classes))
-        return {
-            name: _score(name, value, [block[name] for block in resampled], n_samples)
-            for name, (value,) in values.items()
-        }
+        return scores_of(table, self.n_classes, seed=seed, n_resamples=n_resamples)
 
     def confusion(self) -> NDArray[np.int64]:
         """Counts (n_classes, n_classes): true class by row, predicted class by column."""
         return confusion_matrix(self.truth, self.predicted, self.n_classes)
-
-
-def _score(name: str, value: float, draws: list[Array], n_samples: int) -> Score:
-    tail = metrics._TAIL
-    low, high = np.quantile(np.concatenate(draws or [np.array([value])]), [tail, 1 - tail])
-    if name in ("top1", "top5") and value in (0.0, 1.0):
-        doubt = 1 - tail ** (1 / n_samples)
-        low, high = (0.0, doubt) if value == 0 else (1 - doubt, 1.0)
-    return Score(float(value), float(min(low, value)), float(max(high, value)))

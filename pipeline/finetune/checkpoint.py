@@ -1,0 +1,99 @@
+"""What a killed training is taken up from: tensors and plain values in one file.
+
+The file is written aside and renamed, so it is whole at every moment, and read with
+``weights_only=True``, so reading it runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import EXIT_INTERRUPTED, StoreError, TlpipeError
+from pipeline.store.durable import replacing
+
+CHECKPOINT_FILE = "checkpoint.pt"
+METRICS_FILE = "metrics.jsonl"
+_VERSION = 1
+
+
+class StoppedError(TlpipeError):
+    """The user stopped the training; a checkpoint holds all of it."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
+class Checkpoint:
+    """The folder of an unfinished training.
+
+    Args:
+        parent: folder of the runs.
+        facts: all that decides the result; another training has another folder.
+    """
+
+    def __init__(self, parent: Path, facts: dict[str, Any]) -> None:
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        self.folder = parent / f".finetune-{digest[:12]}"
+        self.path = self.folder / CHECKPOINT_FILE
+
+    def exists(self) -> bool:
+        """Whether there is something to take up."""
+        return self.path.is_file()
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write ``state``: tensors, numbers, text, and lists and dictionaries of them.
+
+        Raises:
+            ResourceError: the disk is full.
+            StoreError: the folder cannot be written to.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"{self.folder} cannot be made ({error.strerror}).\n"
+                "  Give another folder with --out."
+            ) from error
+        with replacing(self.path) as temporary:
+            torch.save({"version": _VERSION, **state}, temporary)
+
+    def load(self) -> dict[str, Any]:
+        """Read what was saved last.
+
+        Raises:
+            StoreError: it is damaged, or of another release.
+        """
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
+            raise StoreError(
+                f"{self.path} is damaged ({str(e).splitlines()[0]:.100}).\n"
+                "  Start over: run the same command without --resume."
+            ) from e
+        if not isinstance(state, dict) or state.get("version") != _VERSION:
+            raise StoreError(
+                f"{self.path} was written by another release.\n"
+                "  Start over: run the same command without --resume."
+            )
+        return state
+
+    def write_metrics(self, curve: list[dict[str, Any]]) -> None:
+        """Write a line an epoch, for whoever wants to watch."""
+        if self.folder.is_dir():
+            with replacing(self.folder / METRICS_FILE) as temporary:
+                write_metrics(temporary, curve)
+
+    def remove(self) -> None:
+        """Forget the training."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_metrics(path: Path, curve: list[dict[str, Any]]) -> None:
+    """Write one JSON document a line and epoch."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in curve), encoding="ascii")

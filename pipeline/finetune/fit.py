@@ -1,0 +1,435 @@
+"""Train a backbone, or a part of it, on a data source, and score it once."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pipeline.backbones import load_backbone
+from pipeline.backbones.backbone import Backbone
+from pipeline.data import DataSource
+from pipeline.errors import UsageError
+from pipeline.extract.precision import resolve_device
+from pipeline.finetune.augment import make_augment
+from pipeline.finetune.blocks import find_blocks
+from pipeline.finetune.bundle import Architecture, random_origin
+from pipeline.finetune.checkpoint import Checkpoint, StoppedError
+from pipeline.finetune.data import TrainingData, load_data, training_notes
+from pipeline.finetune.evaluate import choose_precision, outputs_of
+from pipeline.finetune.images import ImageBatches
+from pipeline.finetune.initial import InitialHead, find_run, fresh_head, head_of_run
+from pipeline.finetune.logs import open_log
+from pipeline.finetune.network import (
+    Classifier,
+    L2Normalise,
+    fresh_like,
+    linear_layers,
+    make_trunk,
+)
+from pipeline.finetune.objective import Classification
+from pipeline.finetune.optim import restore, snapshot
+from pipeline.finetune.policies import Policy, make_policy, merge_lora
+from pipeline.finetune.run import FinetuneRun
+from pipeline.finetune.search import MAX_CHOOSING, MAX_SHARE, N_TRIALS, search_lr
+from pipeline.finetune.settings import Settings
+from pipeline.finetune.trainer import Hooks, Trainer
+from pipeline.heads.metrics import Score, confusion_matrix, evaluate
+from pipeline.runs.predictions import Predictions
+from pipeline.sweep.head_run import Clock
+
+AUTO, NONE = "auto", "none"
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Who is told what happens.
+
+    Attributes:
+        on_plan: "Reading" or "Training" begins: of how many images in all, and how many to do.
+        on_progress: how many more images were read or trained on.
+        on_epoch: an entry of the curve.
+        note: a sentence for the user, at once.
+        should_stop: whether the user asked to stop.
+        log: "tensorboard" or "mlflow"; None for neither.
+    """
+
+    on_plan: Callable[[str, int, int], None] = lambda *_: None
+    on_progress: Callable[[int], None] = lambda _: None
+    on_epoch: Callable[[dict[str, Any]], None] = lambda _: None
+    note: Callable[[str], None] = lambda _: None
+    should_stop: Callable[[], bool] = lambda: False
+    log: str | None = None
+
+
+def finetune(
+    source: DataSource,
+    backbone: Backbone | str,
+    settings: Settings | None = None,
+    *,
+    label: str | None = None,
+    init_head: str | Path = AUTO,
+    out: Path | None = None,
+    resume: bool = False,
+    watcher: Watcher | None = None,
+) -> FinetuneRun:
+    """Train a network on the train split and score it once on the test split.
+
+    The epoch and, where none is given, the learning rate are chosen on the val split or, where
+    there is none, on a fifth of train (a tenth above 50,000); what is kept was trained without
+    them. Nothing is written but a checkpoint: see :meth:`FinetuneRun.save`.
+
+    Args:
+        source: labelled images.
+        backbone: a network, or its name.
+        settings: how to train.
+        label: label column; None for "label" or the only one.
+        init_head: "auto" for the best head of a run on cached features of the same backbone and
+            classes in ``out``, where there is one; "none" for a fresh one; or a run's folder.
+        out: folder for the run's folder, and for the checkpoint until then;
+            ``runs/<data source>`` by default.
+        resume: take up a training of the same data with the same settings.
+        watcher: who is told what happens.
+
+    Raises:
+        UsageError: a name or an option that does not fit.
+        DataError: no labels, no train split, too few classes, or no image can be read.
+        MismatchError: the head to start from is of another backbone or has other classes.
+        ResourceError: the device has too little memory for a single image.
+        StoppedError: the user asked to stop; a checkpoint holds all of it.
+        TlpipeError: every learning rate diverged.
+    """
+    settings, watcher = settings or Settings(), watcher or Watcher()
+    clock = Clock()
+    device = resolve_device(settings.device)
+    if isinstance(backbone, str):
+        backbone = load_backbone(backbone)
+    dtype = choose_precision(settings.precision, device, backbone.module)
+    backbone = _starting_weights(backbone, settings)
+    out = out or Path("runs") / source.name
+    data = load_data(
+        source,
+        settings,
+        label,
+        on_plan=partial(watcher.on_plan, "Reading"),
+        on_progress=partial(_read, watcher),
+    )
+    head = _choose_head(init_head, out, backbone, data, settings)
+    if head.note:
+        watcher.note(head.note)
+    work = _prepare(backbone, head, data, settings, device, dtype)
+    checkpoint = Checkpoint(out, _facts(backbone, data, settings, head))
+    clock.lap("load")
+    with open_log(watcher.log, out, settings.to_dict()) as log:
+        trainer, trials, seconds = _train(work, checkpoint, resume, watcher, log)
+    clock = Clock(clock.laps | seconds)
+    return _finish(work, backbone, data, head, trainer, trials, checkpoint, out, clock)
+
+
+def _read(watcher: Watcher, n_images: int) -> None:
+    watcher.on_progress(n_images)
+    if watcher.should_stop():
+        raise StoppedError("Stopped while the images were read; nothing was kept.")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A network with what it is trained on."""
+
+    network: Classifier
+    policy: Policy
+    settings: Settings
+    train: ImageBatches
+    choose: ImageBatches | None
+    test: ImageBatches
+    device: torch.device
+    dtype: torch.dtype | None
+    n_classes: int
+    first_can_be_best: bool
+    n_parameters: int
+    n_trained: int
+    notes: list[str] = field(default_factory=list)
+
+    def trainer(self, lr: float, n_steps: int | None = None, **options: Any) -> Trainer:
+        """A trainer of the network as it is now."""
+        return Trainer(
+            self.network, self.policy, self.settings, self.train, self.choose,
+            Classification(self.settings, self.n_classes),
+            lr=lr, dtype=self.dtype, n_steps=n_steps, wrap=self._wrap,
+            first_can_be_best=self.first_can_be_best, **options,
+        )  # fmt: skip
+
+    def _wrap(self, network: nn.Module) -> nn.Module:
+        if not self.settings.compile:
+            return network
+        compiled: nn.Module = torch.compile(network)  # type: ignore[assignment]
+        return compiled
+
+
+def _starting_weights(backbone: Backbone, settings: Settings) -> Backbone:
+    """The backbone as it is; for "scratch" the same one with random weights."""
+    if settings.policy != "scratch":
+        return backbone
+    origin = random_origin(dict(backbone.origin))
+    return load_backbone(**{**origin, "seed": settings.seed})
+
+
+def _choose_head(
+    init_head: str | Path, out: Path, backbone: Backbone, data: TrainingData, settings: Settings
+) -> InitialHead:
+    n_classes = len(data.samples.known)
+    if str(init_head) == AUTO:
+        found = None
+        if settings.policy != "scratch":
+            found = find_run(out, backbone, data, settings)
+        if found is None:
+            return fresh_head(backbone, n_classes, settings)
+        return head_of_run(found, backbone, data, settings)
+    if str(init_head) == NONE:
+        return fresh_head(backbone, n_classes, settings)
+    if settings.hidden:
+        raise UsageError("--init-head brings the layers of its head, so leave --hidden out.")
+    return head_of_run(Path(init_head), backbone, data, settings)
+
+
+def _prepare(
+    backbone: Backbone,
+    head: InitialHead,
+    data: TrainingData,
+    settings: Settings,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> _Work:
+    """Put network and policy together, and part the images."""
+    preprocess = backbone.preprocess
+    network = Classifier(make_trunk(backbone), copy.deepcopy(head.module))
+    n_parameters = sum(parameter.numel() for parameter in network.parameters())
+    blocks = find_blocks(network.trunk, backbone.stages, preprocess.height, preprocess.width)
+    policy = make_policy(network, blocks, settings)
+    memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+    network = network.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    augment = make_augment(settings, preprocess)
+
+    def batches(rows: NDArray[np.intp]) -> ImageBatches:
+        return ImageBatches(
+            data.images, rows, data.samples.inputs.ids[rows],
+            torch.from_numpy(data.samples.codes[rows]), preprocess, augment,
+            settings.batch_size, settings.seed,
+        )  # fmt: skip
+
+    choose = data.fold.choose
+    return _Work(
+        network=network,
+        policy=policy,
+        settings=settings,
+        train=batches(data.fold.fit),
+        choose=batches(choose) if len(choose) else None,
+        test=batches(data.samples.protocol.test),
+        device=device,
+        dtype=dtype,
+        n_classes=len(data.samples.known),
+        first_can_be_best=not head.saw_choosers,
+        n_parameters=n_parameters,
+        n_trained=policy.n_trained(network),
+    )
+
+
+def _facts(
+    backbone: Backbone, data: TrainingData, settings: Settings, head: InitialHead
+) -> dict[str, Any]:
+    """All that decides the result of a training."""
+    return {
+        "backbone": backbone.name,
+        "weights": backbone.weights_digest,
+        "preprocess": backbone.preprocess.to_dict(),
+        "data": data.samples.key(),
+        "label": data.samples.inputs.label_column,
+        "settings": settings.key(),
+        "head": str(head.run),
+    }
+
+
+def _train(
+    work: _Work,
+    checkpoint: Checkpoint,
+    resume: bool,
+    watcher: Watcher,
+    log: Callable[[dict[str, Any]], None],
+) -> tuple[Trainer, list[dict[str, Any]], dict[str, float]]:
+    """Search the learning rate and train, or take up where that was stopped."""
+    settings = work.settings
+
+    def on_epoch(entry: dict[str, Any]) -> None:
+        watcher.on_epoch(entry)
+        log(entry)
+
+    def note(text: str) -> None:
+        watcher.note(text)
+        work.notes.append(text)
+
+    hooks = Hooks(on_epoch, watcher.on_progress, note, watcher.should_stop)
+    saved = checkpoint.load() if resume and checkpoint.exists() else None
+    if saved is None and resume:
+        watcher.note("There is nothing to take up: the training starts at its first step.")
+    elif saved is None and checkpoint.exists():
+        watcher.note(
+            "An unfinished training of the same data with the same settings is dropped; --resume "
+            "would have taken it up."
+        )
+        checkpoint.remove()
+    n_steps = settings.epochs * work.train.n_steps
+    if saved is not None:
+        trials, search_seconds = saved["lr_trials"], saved["search_seconds"]
+        lr = saved["lr"]
+    else:
+        lr, trials, search_seconds = _find_lr(work, n_steps, watcher)
+        if trials:
+            watcher.note(f"Learning rate {lr:g}, the best of {len({t['lr'] for t in trials})}.")
+    extra = {"lr_trials": trials, "search_seconds": search_seconds}
+    kept = _KeptBeside(checkpoint, extra)
+    trainer = work.trainer(lr, checkpoint=kept, hooks=hooks)
+    if saved is None:
+        trainer.progress.seconds = search_seconds
+    else:
+        trainer.load_state(saved)
+        watcher.note(f"Taken up at step {trainer.progress.step:,} of {trainer.n_steps:,}.")
+    n_all = settings.epochs * len(work.train.rows)
+    n_done = n_all * trainer.progress.step // trainer.n_steps
+    watcher.on_plan("Training", n_all, n_all - n_done)
+    progress = trainer.run()
+    if progress.note:
+        work.notes.append(progress.note)
+    seconds = {"search": search_seconds, "train": progress.seconds - search_seconds}
+    return trainer, trials, seconds
+
+
+class _KeptBeside(Checkpoint):
+    """A checkpoint that keeps some more values beside those of the trainer."""
+
+    def __init__(self, checkpoint: Checkpoint, extra: dict[str, Any]) -> None:
+        self.folder, self.path = checkpoint.folder, checkpoint.path
+        self._extra = extra
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write both."""
+        super().save({**state, **self._extra})
+
+
+def _find_lr(
+    work: _Work, n_steps: int, watcher: Watcher
+) -> tuple[float, list[dict[str, Any]], float]:
+    """The learning rate, what was tried, and the seconds that it took."""
+    if work.settings.lr is not None:
+        return work.settings.lr, [], 0.0
+    started = time.perf_counter()
+    some = None if work.choose is None else work.choose.take(MAX_CHOOSING)
+    budget = work.settings.budget_seconds
+    share = None if budget is None else budget * MAX_SHARE / N_TRIALS
+    settings = replace(work.settings, ema=0.0, budget_seconds=share)
+    quick = replace(work, settings=settings)
+    hooks = Hooks(should_stop=watcher.should_stop)
+    head = work.network.head
+    start = snapshot(head, head.state_dict())
+    # At a head that was fitted, whatever moves looks harmful for a while: the rate is found with a
+    # fresh one, and suits both.
+    restore(head, fresh_like(head, settings.seed).state_dict())
+    lr, trials = search_lr(
+        partial(quick.trainer, hooks=hooks), some, settings, n_steps, watcher.note
+    )
+    restore(head, start)
+    return lr, trials, time.perf_counter() - started
+
+
+def _finish(
+    work: _Work,
+    backbone: Backbone,
+    data: TrainingData,
+    head: InitialHead,
+    trainer: Trainer,
+    trials: list[dict[str, Any]],
+    checkpoint: Checkpoint,
+    out: Path,
+    clock: Clock,
+) -> FinetuneRun:
+    """Score what was kept, and write down what was found out."""
+    samples, network = data.samples, work.network
+    if work.settings.policy == "lora":
+        merge_lora(network)
+    network.requires_grad_(False).eval()
+    test, choose = samples.protocol.test, data.fold.choose
+    parts = {"test": (test, work.test), "val": (choose, work.choose)}
+    probabilities = {
+        split: outputs_of(network, batches, work.device).double().softmax(dim=1).numpy()
+        for split, (rows, batches) in parts.items()
+        if len(rows) and batches is not None
+    }
+    n_classes = len(samples.known) + len(samples.unseen)
+    scores: dict[str, dict[str, Score]] = {
+        split: evaluate(
+            samples.codes[parts[split][0]],
+            np.pad(found, ((0, 0), (0, n_classes - found.shape[1]))),
+            seed=samples.seed,
+        )
+        for split, found in probabilities.items()
+    }
+    scored_on = next(iter(probabilities), "")
+    rows = parts[scored_on][0] if scored_on else np.array([], np.intp)
+    found = probabilities.get(scored_on, np.empty((0, len(samples.known))))
+    predicted = found.argmax(axis=1) if len(found) else np.array([], np.intp)
+    clock.lap("score")
+    layers = linear_layers(network.head)
+    return FinetuneRun(
+        network=network.cpu(),
+        architecture=Architecture(
+            random_origin(dict(backbone.origin)),
+            backbone.preprocess,
+            tuple(layer.out_features for layer in layers[:-1]),
+            isinstance(network.head.get_submodule("0"), L2Normalise),
+        ),
+        settings=work.settings,
+        lr=trainer.lr,
+        lr_trials=trials,
+        backbone={
+            "name": backbone.name,
+            "weights": backbone.weights,
+            "weights_digest": backbone.weights_digest,
+        },
+        source=data.source,
+        label=samples.inputs.label_column,
+        head=str(head.run) if head.run else "fresh",
+        classes=samples.known,
+        n_parameters=work.n_parameters,
+        n_trained=work.n_trained,
+        best_epoch=trainer.progress.best_epoch,
+        curve=trainer.progress.curve,
+        chosen_by=samples.protocol.chosen_by,
+        scored_on=scored_on,
+        scores=scores,
+        confusion=confusion_matrix(samples.codes[rows], predicted, n_classes),
+        score_classes=(*samples.known, *samples.unseen),
+        predictions=Predictions(
+            ids=samples.inputs.ids[rows],
+            splits=samples.inputs.splits[rows],
+            labels=samples.inputs.labels[rows],
+            predicted=np.array(samples.known, dtype=object)[predicted],
+            probability=found[np.arange(len(rows)), predicted],
+        ),
+        n_samples=samples.n_samples(),
+        n_fit=len(data.fold.fit),
+        split_origin=samples.split_origin,
+        seconds=clock.seconds(),
+        data_digest=samples.inputs.digest(),
+        failures=data.failures,
+        notes=[*training_notes(data), *([head.note] if head.note else []), *work.notes],
+        checkpoint=checkpoint,
+        out=out,
+    )

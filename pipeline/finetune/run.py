@@ -1,0 +1,178 @@
+"""A fine-tuned network and everything that was found out about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.finetune.bundle import Architecture, save_network
+from pipeline.finetune.checkpoint import METRICS_FILE, Checkpoint, write_metrics
+from pipeline.finetune.network import Classifier
+from pipeline.finetune.settings import Settings
+from pipeline.heads.metrics import Score
+from pipeline.runs.folder import (
+    RUN_FILE,
+    RUN_FORMAT,
+    RUN_FORMAT_VERSION,
+    create_run,
+    write_json,
+)
+from pipeline.runs.predictions import PREDICTIONS_FILE, Predictions
+from pipeline.sweep.head_run import versions
+
+_MAX_CLASSES_WITH_CONFUSION = 200
+
+
+@dataclass(frozen=True)
+class FinetuneRun:
+    """A fine-tuned network and everything that was found out about it.
+
+    Attributes:
+        network: in its best state, in eval mode.
+        architecture: how it is built again.
+        settings: how it was trained.
+        lr: the learning rate, given or found.
+        lr_trials: what ``lr="auto"`` tried.
+        backbone: its name, where its weights are from, their digest.
+        source: name, spec and layout of the data.
+        label: the label column.
+        head: what the head started from, in words.
+        n_parameters: of the network with its new head.
+        n_trained: that were trained.
+        best_epoch: epochs before the state that was kept.
+        curve: one entry an epoch; the first is before training.
+        chosen_by: which samples chose the epoch and the learning rate, in words.
+        scored_on: "test"; "val" where there is no test split; "" where nothing could be scored.
+        scores: metrics of "test" and "val", as far as there are; "val" are the samples that chose.
+        confusion: (n_classes, n_classes) of ``scored_on``, true class by row.
+        score_classes: the classes of ``confusion``: the network's, then those only test has.
+        predictions: of the samples of ``scored_on``.
+        n_samples: samples by split.
+        n_fit: samples that were trained on.
+        split_origin: how the splits came about.
+        seconds: "load", "search", "train", "score" and "total".
+        data_digest: sha256 over the sorted (id, digest, label) of all samples.
+        failures: why samples were left out, by id.
+        notes: what a user should know before believing the scores.
+        checkpoint: of the training, removed once the run is saved.
+        out: folder for the run's folder.
+    """
+
+    network: Classifier
+    architecture: Architecture
+    settings: Settings
+    lr: float
+    lr_trials: list[dict[str, Any]]
+    backbone: dict[str, str]
+    source: dict[str, Any]
+    label: str
+    head: str
+    classes: tuple[str, ...]
+    n_parameters: int
+    n_trained: int
+    best_epoch: int
+    curve: list[dict[str, Any]]
+    chosen_by: str
+    scored_on: str
+    scores: dict[str, dict[str, Score]]
+    confusion: NDArray[np.int64]
+    score_classes: tuple[str, ...]
+    predictions: Predictions
+    n_samples: dict[str, int]
+    n_fit: int
+    split_origin: str
+    seconds: dict[str, float]
+    data_digest: str
+    failures: dict[str, str]
+    notes: list[str]
+    checkpoint: Checkpoint
+    out: Path
+
+    @property
+    def metrics(self) -> dict[str, Score]:
+        """Scores on ``scored_on``; empty where nothing could be scored."""
+        return self.scores.get(self.scored_on, {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``run.json`` holds, as plain values for JSON."""
+        document = {
+            "format": RUN_FORMAT,
+            "format_version": RUN_FORMAT_VERSION,
+            "kind": "finetune",
+            "policy": self.settings.policy,
+            "head": f"finetune {self.settings.policy}",
+            "head_start": self.head,
+            "lr": self.lr,
+            "lr_trials": self.lr_trials,
+            "settings": self.settings.to_dict(),
+            "backbone": self.backbone,
+            "source": self.source,
+            "label": self.label,
+            "seed": self.settings.seed,
+            "classes": list(self.classes),
+            "n_samples": self.n_samples,
+            "n_fit": self.n_fit,
+            "n_parameters": self.n_parameters,
+            "n_trained": self.n_trained,
+            "epochs": self.curve[-1]["epoch"],
+            "best_epoch": self.best_epoch,
+            "curve": self.curve,
+            "split_origin": self.split_origin,
+            "chosen_by": self.chosen_by,
+            "scored_on": self.scored_on,
+            "metrics": self.metrics_dict(),
+            "seconds": self.seconds,
+            "failures": self.failures,
+            "notes": self.notes,
+            "data_digest": self.data_digest,
+            "versions": versions(),
+        }
+        if len(self.score_classes) <= _MAX_CLASSES_WITH_CONFUSION:
+            document["confusion"] = {
+                "classes": list(self.score_classes),
+                "counts": self.confusion.tolist(),
+            }
+        return document
+
+    def metrics_dict(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Scores by split and metric, for JSON."""
+        return {
+            split: {name: score.to_dict() for name, score in scores.items()}
+            for split, scores in self.scores.items()
+        }
+
+    def save(self, *, command: str = "") -> Path:
+        """Write the run to a new numbered folder, forget its checkpoint, and return its path.
+
+        Args:
+            command: the command line that made it, for the record.
+
+        Raises:
+            ResourceError: the disk is full.
+            StoreError: the folder cannot be written to.
+        """
+        policy = self.settings.policy.replace(":", "")
+        name = self.backbone["name"].removeprefix("torchvision:")
+        document = self.to_dict() | {"command": command}
+        path = create_run(
+            self.out, f"finetune-{policy}-{name}", lambda folder: self._write(folder, document)
+        )
+        self.checkpoint.remove()
+        return path
+
+    def _write(self, folder: Path, document: dict[str, Any]) -> None:
+        write_json(folder / RUN_FILE, document)
+        self.predictions.write(folder / PREDICTIONS_FILE)
+        write_metrics(folder / METRICS_FILE, self.curve)
+        about = {
+            "label": self.label,
+            "scored_on": self.scored_on,
+            "metrics": self.metrics_dict(),
+            "data_digest": self.data_digest,
+            "backbone": self.backbone,
+        }
+        save_network(folder, self.network, self.architecture, self.classes, about)

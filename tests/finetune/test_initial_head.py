@@ -1,0 +1,201 @@
+"""Training that starts from a head fitted on cached features."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.backbones import load_backbone
+from pipeline.data import open_source
+from pipeline.errors import MismatchError, StoreError
+from pipeline.extract.extractor import Settings as ExtractSettings
+from pipeline.extract.extractor import extract
+from pipeline.finetune import Settings
+from pipeline.finetune.initial import head_module
+from pipeline.heads import make_head
+from pipeline.heads.calibration import fit_temperature
+from pipeline.heads.model import HeadModel
+from pipeline.heads.scaling import fit_scaler
+from pipeline.runs.bundle import load_bundle
+from pipeline.store import open_store
+from pipeline.sweep.fit import fit_head
+from tests.finetune.conftest import SIZE, write_photos
+
+SETTINGS = {
+    "logreg": [{"C": 1.0}],
+    "linear": [{"epochs": 3}],
+    "ridge": None,
+    "svm": [{"kernel": "linear", "C": 0.1}],
+    "mlp": [{"epochs": 3, "hidden": [12, 6]}],
+}
+
+
+@pytest.fixture
+def embed(tmp_path, photos, backbone):
+    def run(data=photos, network=backbone, layers=("penultimate",)):
+        source = open_source(str(data), cache_dir=tmp_path / "cache")
+        settings = ExtractSettings(
+            layers=layers, precision="fp32", storage="float32", device="cpu", engine="eager"
+        )
+        return open_store(extract(source, network, settings, cache_dir=tmp_path / "cache").store)
+
+    return run
+
+
+def network_logits(run, photos):
+    """Of the network as it starts, for the images that were scored."""
+    network = run.network.eval()
+    return network, [str(photos / name) for name in run.predictions.ids]
+
+
+@pytest.mark.parametrize("scaling", ["standardise", "l2", "none"])
+@pytest.mark.parametrize("head", SETTINGS)
+def test_folded_layers_give_the_models_probabilities(embed, head, scaling):
+    store = embed()
+    model = fit_head(store, head=head, scaling=scaling, settings=SETTINGS[head]).model
+    X = np.asarray(store.features(layers=["penultimate"]), np.float32)
+
+    # Other classes first, to see that outputs are put in order.
+    module = head_module(model, ("c", "a", "b"), path=store.path)
+
+    with torch.inference_mode():
+        logits = module(torch.from_numpy(X)).double()
+    np.testing.assert_allclose(
+        logits.softmax(dim=1).numpy(), model.predict_proba(X)[:, [2, 0, 1]], atol=2e-5
+    )
+    shift = logits.numpy() - (model.logits(X) / model.temperature)[:, [2, 0, 1]]
+    np.testing.assert_allclose(shift, 0, atol=2e-3 * (1 + np.abs(logits.numpy()).max()))
+
+
+@pytest.mark.parametrize("head", ["logreg", "svm"])
+def test_two_classes_have_two_outputs(tmp_path, embed, head):
+    store = embed(write_photos(tmp_path / "two", 8, "ab"))
+    model = fit_head(store, head=head, settings=SETTINGS[head]).model
+    X = np.asarray(store.features(layers=["penultimate"]), np.float32)
+
+    module = head_module(model, ("a", "b"), path=store.path)
+
+    found = module(torch.from_numpy(X)).detach().softmax(dim=1)
+    np.testing.assert_allclose(found.numpy(), model.predict_proba(X), atol=2e-5)
+
+
+def test_at_the_first_step_the_network_is_the_run(embed, train, tmp_path):
+    """Without its store the run's head is taken as it is: same probabilities, before training."""
+    store = embed()
+    fitted = fit_head(store, settings=[{"C": 1.0}])
+    path = fitted.save(tmp_path / "runs")
+    X = np.asarray(store.features("test", ["penultimate"]), np.float32)
+    expected = load_bundle(path).predict_proba([X])
+    shutil.rmtree(store.path)
+
+    run = train(init_head=path, settings={"epochs": 1, "lr": 1e-12, "policy": "head"})
+
+    assert list(run.predictions.ids) == store.ids("test")
+    np.testing.assert_allclose(run.predictions.probability, expected.max(axis=1), atol=1e-4)
+    note = next(note for note in run.notes if note.startswith("The head starts as logreg of"))
+    assert "could not be fitted without the samples that choose" in note
+    assert run.best_epoch == 1  # the start has seen those who choose, and is no candidate
+
+
+def test_with_its_store_the_setting_is_fitted_without_those_who_choose(embed, train, tmp_path):
+    store = embed()
+    fitted = fit_head(store, settings=[{"C": 1.0}])
+    path = fitted.save(tmp_path / "runs")
+
+    run = train(settings={"epochs": 1, "lr": 1e-12, "policy": "head"}, init_head="auto")
+
+    assert run.head == str(path)
+    note = next(note for note in run.notes if note.startswith("The head starts as logreg of"))
+    assert "fitted again without the samples that choose" in note
+    assert "--init-head none" in note
+    # The same model by hand, on the samples that train.
+    chose = set(_choosers(run, train, tmp_path))
+    ids = np.array(store.ids("train"))
+    rows = ~np.isin(ids, sorted(chose))
+    X = np.asarray(store.features("train", ["penultimate"]), np.float32)
+    y = np.array([("a", "b", "c").index(label) for label in store.labels("label", "train")])
+    scaler = fit_scaler(X[rows], "standardise")
+    head = make_head("logreg", C=1.0).fit(scaler(X[rows]), y[rows])
+    temperature = fit_temperature(head.logits(scaler(X[~rows])), y[~rows])
+    model = HeadModel(scaler, head, temperature, ("a", "b", "c"))
+    test = np.asarray(store.features("test", ["penultimate"]), np.float32)
+    expected = model.predict_proba(test).max(axis=1)
+    np.testing.assert_allclose(run.predictions.probability, expected, atol=1e-4)
+
+
+def _choosers(run, train, tmp_path):
+    from pipeline.data.splits import stratified_split
+
+    source = open_source(str(tmp_path / "photos"), cache_dir=tmp_path / "cache")
+    samples = [sample for sample in source.samples if sample.split == "train"]
+    held = stratified_split([s.id for s in samples], [s.labels[0] for s in samples], 0.2, 0)
+    return [sample.id for sample, is_held in zip(samples, held, strict=True) if is_held]
+
+
+def test_policy_head_on_plain_views_sees_the_features_of_the_store(embed, backbone, photos):
+    from pipeline.finetune.data import load_data
+    from pipeline.finetune.evaluate import outputs_of
+    from pipeline.finetune.images import ImageBatches
+    from pipeline.finetune.network import make_trunk
+
+    store = embed()
+    source = open_source(str(photos), cache_dir=photos.parent / "cache")
+    data = load_data(source, Settings(n_threads=2))
+    rows = np.arange(len(data.samples.codes))
+    images = ImageBatches(
+        data.images, rows, data.samples.inputs.ids, torch.from_numpy(data.samples.codes),
+        backbone.preprocess, lambda pixels, _: pixels, 8, 0,
+    )  # fmt: skip
+
+    features = outputs_of(make_trunk(backbone), images, torch.device("cpu")).flatten(1).numpy()
+
+    assert store.ids() == data.samples.inputs.ids.tolist()
+    expected = np.asarray(store.features(layers=["penultimate"]))
+    np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-4)
+    assert fit_head(store).data_digest == data.samples.inputs.digest()
+
+
+def test_auto_takes_the_best_that_fits_and_none_takes_none(embed, train, tmp_path):
+    store = embed()
+    fit_head(store, head="knn").save(tmp_path / "runs")
+    fit_head(store, head="mlp", settings=SETTINGS["mlp"]).save(tmp_path / "runs")
+    weak = fit_head(store, head="ridge", settings=[{"alpha": 1e9}]).save(tmp_path / "runs")
+    strong = fit_head(store, settings=[{"C": 1.0}]).save(tmp_path / "runs")
+    settings = {"epochs": 1}
+
+    assert train(settings=settings, init_head="auto").head in (str(strong), str(weak))
+    assert train(settings=settings, init_head="none").head == "fresh"
+    assert train(settings={**settings, "policy": "scratch"}, init_head="auto").head == "fresh"
+    deep = train(settings={**settings, "hidden": (12, 6)}, init_head="auto")
+    assert "mlp" in deep.head
+
+
+def test_a_head_of_another_backbone_size_or_layer_is_refused(embed, train, tmp_path, photos):
+    other = load_backbone("timm:test_resnet", weights="random", image_size=SIZE)
+    sized = load_backbone("timm:test_efficientnet", weights="random", image_size=64)
+    reseeded = load_backbone("timm:test_efficientnet", weights="random", image_size=SIZE, seed=1)
+    for network, said in (
+        (other, "features of backbone timm:test_resnet, but this training has timm:test_eff"),
+        (reseeded, "features of weights "),
+        (sized, "features of preprocessing {'height': 64"),
+    ):
+        path = fit_head(embed(network=network)).save(tmp_path / "runs")
+        with pytest.raises(MismatchError) as caught:
+            train(init_head=path)
+        assert said in str(caught.value)
+        assert "--init-head none" in str(caught.value)
+        assert train(init_head="auto", settings={"epochs": 1}).head == "fresh"
+
+
+def test_heads_that_are_no_part_of_a_network_or_know_other_classes(embed, train, tmp_path):
+    knn = fit_head(embed(), head="knn").save(tmp_path / "runs")
+    more = embed(write_photos(tmp_path / "more", 6, "abcd"))
+    four = fit_head(more).save(tmp_path / "runs")
+
+    with pytest.raises(MismatchError, match=r"no part of a network \(KNNHead\)"):
+        train(init_head=knn)
+    with pytest.raises(MismatchError, match="knows 4 classes, and the data has 3: it has 'd'"):
+        train(init_head=four)
+    with pytest.raises(StoreError, match="is not a run"):
+        train(init_head=tmp_path / "nowhere")
