@@ -110,7 +110,7 @@ _METRICS = {
 @click.option("--lora-rank", type=int, default=8, show_default=True, help="Of the updates.")
 @click.option(
     "--batchnorm",
-    help="Statistics in what is trained: frozen or train.  [default: train for full and scratch]",
+    help="Statistics in what is trained: frozen or train.  [default: train for scratch]",
 )
 @click.option(
     "--patience",

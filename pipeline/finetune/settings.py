@@ -47,7 +47,8 @@ class Settings:
         l2_sp: strength of the pull towards the starting weights, in place of their weight decay.
         patience: epochs without a better one until training stops; 0 for all of them.
         batchnorm: statistics of BatchNorm in what is trained: "frozen" or "train"; None is "train"
-            for "full" and "scratch". Elsewhere they are always frozen.
+            for "scratch" alone, since those of few images a step are worse than those that were
+            learned. Elsewhere they are always frozen.
         hidden: widths of the new head's hidden layers.
         dropout: before each linear layer of the new head.
         lora_rank: of the low-rank updates.
@@ -153,7 +154,7 @@ class Settings:
         """Whether statistics of BatchNorm change in what is trained."""
         if self.batchnorm is not None:
             return self.batchnorm == "train"
-        return self.policy in ("full", "scratch")
+        return self.policy == "scratch"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -50,14 +50,24 @@ def statistics(network):
     return {name for name, _ in network.named_buffers() if "running" in name or "tracked" in name}
 
 
-def test_full_trains_every_parameter_and_statistic(backbone):
-    network, policy = build(backbone, policy="full")
+@pytest.mark.parametrize(
+    ("settings", "keeps_statistics"),
+    [
+        ({"policy": "full"}, True),
+        ({"policy": "full", "batchnorm": "train"}, False),
+        ({"policy": "scratch"}, False),
+    ],
+)
+def test_full_trains_every_parameter_and_scratch_every_statistic(
+    settings, keeps_statistics, backbone
+):
+    network, policy = build(backbone, **settings)
 
     policy.apply(network, 0, 1)
     with_gradient, changed = learn(network)
 
     assert with_gradient == parameters(network)
-    assert changed == statistics(network)
+    assert changed == (set() if keeps_statistics else statistics(network))
     assert policy.n_trained(network) == sum(p.numel() for p in network.parameters())
 
 
