@@ -97,13 +97,24 @@ _METRICS = {
 @click.option("--cutmix", type=float, default=0.0, show_default=True, help="Alpha, such as 1.")
 @click.option(
     "--augment",
-    default="crop",
-    show_default=True,
-    help="none, crop, trivial (crop and TrivialAugment) or rand (crop and RandAugment).",
+    help="none, crop, trivial (crop and TrivialAugment) or rand (crop and RandAugment).  "
+    "[default: crop; none with --cached]",
 )
 @click.option("--flip/--no-flip", default=True, show_default=True, help="Mirror one in two.")
 @click.option(
     "--min-crop", type=float, default=0.35, show_default=True, help="Least share of the area shown."
+)
+@click.option(
+    "--cached",
+    is_flag=True,
+    help="Store what the last frozen block gives, and train on that: for last:N and head.",
+)
+@click.option(
+    "--views",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="With --cached: stored views of each image, of which each epoch shows one.",
 )
 @click.option("--hidden", metavar="WIDTHS", help="Hidden layers of the new head: 512 or 512,256.")
 @click.option("--dropout", type=float, default=0.0, show_default=True, help="In the new head.")
@@ -149,6 +160,7 @@ def command(data: str, as_json: bool, quiet: bool, **options: Any) -> int:
     Examples:
       tlpipe finetune photos/ --policy last:2
       tlpipe finetune photos/ --backbone resnet50 --budget 30m
+      tlpipe finetune photos/ --policy last:1 --cached --epochs 30
       tlpipe finetune photos/ --policy head --epochs 20 --augment trivial
       tlpipe finetune photos/ --init-head runs/photos/logreg-resnet50-0001 --backbone resnet50
       tlpipe finetune digits --image-size 64 --no-flip --resume
@@ -187,6 +199,7 @@ def command(data: str, as_json: bool, quiet: bool, **options: Any) -> int:
                 label=options["label"],
                 init_head=options["init_head"],
                 out=options["out"],
+                cache_dir=options["cache_dir"],
                 resume=options["resume"],
                 watcher=Watcher(
                     on_plan=bars.start,
@@ -215,7 +228,7 @@ def _settings_values(options: dict[str, Any]) -> dict[str, Any]:
     same = (
         "policy", "epochs", "batch_size", "micro_batch_size", "optimizer", "weight_decay",
         "layer_decay", "warmup", "clip", "ema", "l2_sp", "label_smoothing", "mixup", "cutmix",
-        "augment", "flip", "min_crop", "dropout", "lora_rank", "batchnorm", "patience",
+        "cached", "flip", "min_crop", "dropout", "lora_rank", "batchnorm", "patience",
         "precision", "seed", "device",
     )  # fmt: skip
     try:
@@ -227,6 +240,8 @@ def _settings_values(options: dict[str, Any]) -> dict[str, Any]:
         **{name: options[name] for name in same},
         "lr": lr,
         "hidden": hidden,
+        "augment": options["augment"] or ("none" if options["cached"] else "crop"),
+        "n_views": options["views"],
         "compile": options["compiled"],
         "n_threads": options["threads"],
         "budget_seconds": parse_seconds(options["budget"]),

@@ -98,9 +98,12 @@ def command(
     """
     console = Console(as_json=as_json, quiet=quiet)
     from pipeline.sweep.fit import fit_head
-    from pipeline.sweep.space import grid_of, params_of, parse_param
+    from pipeline.sweep.space import check_settings, grid_of, params_of, parse_param
 
     values = params_of([head], [parse_param(text) for text in params])[head]
+    settings = grid_of(head, "quick", values)
+    if values:
+        check_settings(head, settings)
     run = fit_head(
         stores,
         head=head,
@@ -108,7 +111,7 @@ def command(
         label=label,
         groups=groups,
         scaling=scaling,
-        settings=grid_of(head, "quick", values),
+        settings=settings,
         metric=metric,
         seed=seed,
         memory_limit=parse_size(memory_limit),

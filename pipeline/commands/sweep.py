@@ -164,6 +164,10 @@ def _print_run(console: Console, run: SweepRun) -> None:
     document = run.to_dict()
     for note in document["notes"]:
         console.note(printable(note))
+    for result in run.results:
+        if result.run.head != document["head"]:
+            for note in result.run.notes:
+                console.note(printable(f"{result.run.head}: {note}"))
     for head, why in run.failures.items():
         console.note(printable(f"{head} has no result: {why}"))
     columns, rows = table_of(document)

@@ -101,10 +101,10 @@ def load_data(
         ),
         blocks=(),
         label_column=column,
-        notes=_notes(source, column, len(labelled), len(chosen), len(failed), has_splits),
+        notes=source_notes(source, column, len(labelled), len(chosen), len(failed), has_splits),
     )
     return TrainingData(
-        _prepared(inputs, source.split_origin, settings.seed),
+        plan_training(inputs, source.split_origin, settings.seed),
         images,
         {"name": source.name, "spec": source.spec, "layout": source.layout},
         {chosen[row].id: why for row, why in failed.items()},
@@ -135,8 +135,17 @@ def choose_column(source: DataSource, label: str | None) -> str:
     return label or ("label" if "label" in columns else columns[0])
 
 
-def _prepared(inputs: HeadInputs, split_origin: str, seed: int) -> Prepared:
-    """Class codes and protocol, as heads have them, but for the part that chooses."""
+def plan_training(inputs: HeadInputs, split_origin: str, seed: int) -> Prepared:
+    """Class codes and protocol, as heads have them, but for the part that chooses.
+
+    Args:
+        inputs: labelled samples.
+        split_origin: how their splits came about.
+        seed: of what is held out.
+
+    Raises:
+        DataError: no train split, or too few classes.
+    """
     protocol = plan_protocol(inputs.ids, inputs.labels, inputs.splits, seed=seed)
     learned = set(inputs.labels[protocol.refit])
     known = tuple(sorted(learned))
@@ -166,7 +175,7 @@ def _one_holdout(
     return replace(protocol, folds=(fold,), kind="holdout", chosen_by=words)
 
 
-def _notes(
+def source_notes(
     source: DataSource,
     column: str,
     n_labelled: int,
@@ -174,6 +183,16 @@ def _notes(
     n_failed: int,
     has_splits: bool,
 ) -> list[str]:
+    """What was left out of a data source, and why.
+
+    Args:
+        source: the images.
+        column: of the labels.
+        n_labelled: samples with a label.
+        n_chosen: of them, those in a split, where there are splits.
+        n_failed: of them, those that cannot be read.
+        has_splits: whether any sample is in a split.
+    """
     notes = list(source.notes)
     n_all = len(source.samples)
     if n_labelled < n_all:

@@ -23,8 +23,9 @@ from pipeline.extract.precision import resolve_device
 from pipeline.finetune.augment import make_augment
 from pipeline.finetune.blocks import find_blocks
 from pipeline.finetune.bundle import Architecture, random_origin
+from pipeline.finetune.cached import Cached, StoredBatches, embed_activations, stored_data
 from pipeline.finetune.checkpoint import Checkpoint, StoppedError
-from pipeline.finetune.data import TrainingData, load_data, training_notes
+from pipeline.finetune.data import TrainingData, choose_column, load_data, training_notes
 from pipeline.finetune.evaluate import choose_precision, outputs_of
 from pipeline.finetune.images import ImageBatches
 from pipeline.finetune.initial import InitialHead, find_run, fresh_head, head_of_run
@@ -42,6 +43,7 @@ from pipeline.finetune.policies import Policy, make_policy, merge_lora
 from pipeline.finetune.run import FinetuneRun
 from pipeline.finetune.search import MAX_CHOOSING, MAX_SHARE, N_TRIALS, search_lr
 from pipeline.finetune.settings import Settings
+from pipeline.finetune.top import find_split
 from pipeline.finetune.trainer import Hooks, Trainer
 from pipeline.heads.metrics import Score, confusion_matrix, evaluate
 from pipeline.runs.predictions import Predictions
@@ -55,7 +57,8 @@ class Watcher:
     """Who is told what happens.
 
     Attributes:
-        on_plan: "Reading" or "Training" begins: of how many images in all, and how many to do.
+        on_plan: "Reading", "Embedding" or "Training" begins: of how many images in all, and how
+            many to do.
         on_progress: how many more images were read or trained on.
         on_epoch: an entry of the curve.
         note: a sentence for the user, at once.
@@ -79,6 +82,7 @@ def finetune(
     label: str | None = None,
     init_head: str | Path = AUTO,
     out: Path | None = None,
+    cache_dir: Path = Path("cache"),
     resume: bool = False,
     watcher: Watcher | None = None,
 ) -> FinetuneRun:
@@ -97,6 +101,7 @@ def finetune(
             classes in ``out``, where there is one; "none" for a fresh one; or a run's folder.
         out: folder for the run's folder, and for the checkpoint until then;
             ``runs/<data source>`` by default.
+        cache_dir: where stores are kept; with ``settings.cached`` that of the activations.
         resume: take up a training of the same data with the same settings.
         watcher: who is told what happens.
 
@@ -104,7 +109,8 @@ def finetune(
         UsageError: a name or an option that does not fit.
         DataError: no labels, no train split, too few classes, or no image can be read.
         MismatchError: the head to start from is of another backbone or has other classes.
-        ResourceError: the device has too little memory for a single image.
+        ResourceError: the device has too little memory for a single image, or the disk too little
+            room for activations.
         StoppedError: the user asked to stop; a checkpoint holds all of it.
         TlpipeError: every learning rate diverged.
     """
@@ -116,17 +122,21 @@ def finetune(
     dtype = choose_precision(settings.precision, device, backbone.module)
     backbone = _starting_weights(backbone, settings)
     out = out or Path("runs") / source.name
-    data = load_data(
-        source,
-        settings,
-        label,
-        on_plan=partial(watcher.on_plan, "Reading"),
-        on_progress=partial(_read, watcher),
-    )
+    cached = None
+    if settings.cached:
+        data, cached = _embed(source, backbone, settings, dtype, label, cache_dir, watcher)
+    else:
+        data = load_data(
+            source,
+            settings,
+            label,
+            on_plan=partial(watcher.on_plan, "Reading"),
+            on_progress=partial(_read, watcher),
+        )
     head = _choose_head(init_head, out, backbone, data, settings)
     if head.note:
         watcher.note(head.note)
-    work = _prepare(backbone, head, data, settings, device, dtype)
+    work = _prepare(backbone, head, data, cached, settings, device, dtype)
     checkpoint = Checkpoint(out, _facts(backbone, data, settings, head))
     clock.lap("load")
     with open_log(watcher.log, out, settings.to_dict()) as log:
@@ -141,16 +151,49 @@ def _read(watcher: Watcher, n_images: int) -> None:
         raise StoppedError("Stopped while the images were read; nothing was kept.")
 
 
+def _embed(
+    source: DataSource,
+    backbone: Backbone,
+    settings: Settings,
+    dtype: torch.dtype | None,
+    label: str | None,
+    cache_dir: Path,
+    watcher: Watcher,
+) -> tuple[TrainingData, Cached]:
+    """The data with its activations, which are in a store, or come to be."""
+    split = find_split(backbone, settings.policy)
+    choose_column(source, label)
+    store = embed_activations(
+        source,
+        backbone,
+        split,
+        settings,
+        dtype,
+        cache_dir=cache_dir,
+        on_plan=partial(watcher.on_plan, "Embedding"),
+        on_progress=watcher.on_progress,
+        note=watcher.note,
+        should_stop=watcher.should_stop,
+    )
+    return stored_data(store, source, split, settings, label)
+
+
 @dataclass(frozen=True)
 class _Work:
-    """A network with what it is trained on."""
+    """A network with what it is trained on.
 
+    Attributes:
+        whole: what is kept in the end.
+        network: what is trained: the whole, or the top of it, which shares its numbers.
+    """
+
+    whole: Classifier
     network: Classifier
     policy: Policy
     settings: Settings
-    train: ImageBatches
-    choose: ImageBatches | None
-    test: ImageBatches
+    train: ImageBatches | StoredBatches
+    choose: ImageBatches | StoredBatches | None
+    test: ImageBatches | StoredBatches
     device: torch.device
     dtype: torch.dtype | None
     n_classes: int
@@ -205,6 +248,7 @@ def _prepare(
     backbone: Backbone,
     head: InitialHead,
     data: TrainingData,
+    cached: Cached | None,
     settings: Settings,
     device: torch.device,
     dtype: torch.dtype | None,
@@ -219,7 +263,9 @@ def _prepare(
     network = network.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
     augment = make_augment(settings, preprocess)
 
-    def batches(rows: NDArray[np.intp]) -> ImageBatches:
+    def batches(rows: NDArray[np.intp]) -> ImageBatches | StoredBatches:
+        if cached is not None:
+            return cached.batches(data, rows, settings)
         return ImageBatches(
             data.images, rows, data.samples.inputs.ids[rows],
             torch.from_numpy(data.samples.codes[rows]), preprocess, augment,
@@ -228,7 +274,8 @@ def _prepare(
 
     choose = data.fold.choose
     return _Work(
-        network=network,
+        whole=network,
+        network=network if cached is None else cached.top(network, data, preprocess),
         policy=policy,
         settings=settings,
         train=batches(data.fold.fit),
@@ -361,14 +408,14 @@ def _finish(
     clock: Clock,
 ) -> FinetuneRun:
     """Score what was kept, and write down what was found out."""
-    samples, network = data.samples, work.network
+    samples, network = data.samples, work.whole
     if work.settings.policy == "lora":
         merge_lora(network)
     network.requires_grad_(False).eval()
     test, choose = samples.protocol.test, data.fold.choose
     parts = {"test": (test, work.test), "val": (choose, work.choose)}
     probabilities = {
-        split: outputs_of(network, batches, work.device).double().softmax(dim=1).numpy()
+        split: outputs_of(work.network, batches, work.device).double().softmax(dim=1).numpy()
         for split, (rows, batches) in parts.items()
         if len(rows) and batches is not None
     }

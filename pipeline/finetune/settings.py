@@ -40,6 +40,9 @@ class Settings:
         cutmix: alpha of CutMix; 0 for none. With both, each step takes one of them.
         augment: "none" (the plain view), "crop" (random resized crop), "trivial" or "rand" (the
             crop and TrivialAugment or RandAugment).
+        cached: whether the activations at the last frozen block are stored, and trained on instead
+            of the images; for "last:N" and "head", without new augmentations.
+        n_views: stored views of each image that cached training draws from; the first is plain.
         flip: whether an augmented view is mirrored in one of two.
         min_crop: smallest share of an image's area that a crop shows.
         ema: decay of the weights' moving average, which is then what is evaluated; 0 for none.
@@ -77,6 +80,8 @@ class Settings:
     mixup: float = 0.0
     cutmix: float = 0.0
     augment: str = "crop"
+    cached: bool = False
+    n_views: int = 1
     flip: bool = True
     min_crop: float = 0.35
     ema: float = 0.0
@@ -131,6 +136,7 @@ class Settings:
             ("patience", self.patience, 0, None),
             ("dropout", self.dropout, 0, 1),
             ("lora_rank", self.lora_rank, 1, None),
+            ("n_views", self.n_views, 1, None),
             *(("hidden", width, 1, None) for width in self.hidden),
         ):
             if not number >= low or (high is not None and number > high):
@@ -141,6 +147,32 @@ class Settings:
                 raise UsageError(f"{name} is {positive}; expected a number above 0.")
         if self.ema == 1 or self.dropout == 1 or self.decay == 0:
             raise UsageError("With ema 1, dropout 1 or layer_decay 0 nothing would be learned.")
+        if self.cached:
+            self._check_cached()
+        elif self.n_views > 1:
+            raise UsageError(
+                f"n_views is {self.n_views}, but only cached training has stored views.\n"
+                "  Add --cached, or use --augment crop."
+            )
+
+    def _check_cached(self) -> None:
+        """Refuse what needs the images.
+
+        Raises:
+            UsageError: there is such a setting.
+        """
+        if self.augment != "none":
+            raise UsageError(
+                "Stored activations cannot be augmented anew in every epoch.\n"
+                "  With --cached use --augment none; --views 4 stores augmented views to draw from."
+            )
+        if self.mixup or self.cutmix:
+            raise UsageError(
+                "Of mixup and CutMix, which mix images, stored activations know nothing.\n"
+                "  Leave them out, or leave --cached out."
+            )
+        if self.compile:
+            raise UsageError("torch.compile cannot take a part of a network; leave it out.")
 
     @property
     def decay(self) -> float:

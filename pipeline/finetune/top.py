@@ -70,7 +70,7 @@ def find_split(backbone: Backbone, policy: str) -> SplitPoint:
         most = f"last:{len(stages) - 1} or less" if len(stages) > 1 else "head"
         raise UsageError(
             f"--cached stores the output of the last frozen block, and policy {policy} leaves none "
-            f"of this network's {len(stages)} blocks frozen.\n"
+            f"frozen: this network has {len(stages)} blocks that can be told apart.\n"
             f"  Use --policy {most}, or leave --cached out."
         )
     layer = stages[-n_last - 1]
@@ -158,9 +158,10 @@ def make_top(
             except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
                 found = found or (str(error).splitlines() or [type(error).__name__])[0]
                 continue
-            if got.shape == wanted.shape and _is_close(got, wanted):
+            error_share = _largest_error(got, wanted)
+            if error_share <= _MAX_ERROR:
                 return top
-            found = found or "the features that come out are others"
+            found = found or f"the features that come out differ by {error_share:.0%}"
     raise UsageError(
         f"This network cannot go on from the stored activations of {split.layer} alone: "
         f"{found:.160}.\n"
@@ -168,9 +169,12 @@ def make_top(
     )
 
 
-def _is_close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+def _largest_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Of any row, relative to its length."""
+    if got.shape != wanted.shape:
+        return 1.0
     errors = (got.float() - wanted.float()).norm(dim=1)
-    return bool((errors <= _MAX_ERROR * wanted.float().norm(dim=1)).all())
+    return float((errors / wanted.float().norm(dim=1).clamp(min=1e-30)).max())
 
 
 class _Stored(nn.Module):

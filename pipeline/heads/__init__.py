@@ -29,6 +29,8 @@ class HeadSpec:
         summary: one line for people.
         scaling: default scaling of its features, one of ``pipeline.heads.scaling.SCALINGS``.
         scalings: those that are worth trying.
+        together: settings that are fitted at once at most, so that what is done is written down
+            now and then; None for all.
         calibrated: True where its scores are no log-probabilities that were fitted as such, so
             that a temperature is fitted on the samples that choose its setting.
     """
@@ -38,14 +40,19 @@ class HeadSpec:
     summary: str
     scaling: str = "standardise"
     scalings: tuple[str, ...] = ("standardise", "l2")
+    together: int | None = None
     calibrated: bool = False
 
 
 HEADS: dict[str, HeadSpec] = {
     "logreg": HeadSpec("logistic", "LogisticHead", "multinomial logistic regression"),
-    "linear": HeadSpec("linear", "LinearHead", "softmax layer trained by gradient steps"),
+    "linear": HeadSpec(
+        "linear", "LinearHead", "softmax layer trained by gradient steps", together=16
+    ),
     "svm": HeadSpec("svm", "SVMHead", "support vectors, linear or RBF kernel", calibrated=True),
-    "mlp": HeadSpec("mlp", "MLPHead", "network with hidden layers, trained by gradient steps"),
+    "mlp": HeadSpec(
+        "mlp", "MLPHead", "network with hidden layers, trained by gradient steps", together=8
+    ),
     "ridge": HeadSpec("ridge", "RidgeHead", "least squares on ±1 targets", calibrated=True),
     "knn": HeadSpec(
         "knn",

@@ -221,7 +221,9 @@ def fit_inputs(head: Head, X: Array, y: Array) -> tuple[Array, NDArray[np.intp]]
         ValueError: what scikit-learn refuses, or fewer than two classes.
     """
     X, y = validate_data(head, X, y, dtype=[np.float32, np.float64])
-    check_classification_targets(y)
+    if np.asarray(y).dtype.kind not in "iub":
+        # Whole numbers are classes, however many: scikit-learn would warn of a regression.
+        check_classification_targets(y)
     head.classes_, index = np.unique(y, return_inverse=True)
     if len(head.classes_) < 2:
         raise ValueError(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 Indices = NDArray[np.intp]
 
-FIT_ERRORS = (ValueError, ArithmeticError, RuntimeError, MemoryError)
+FIT_ERRORS = (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError)
 """What an estimator raises when it cannot be fitted on these samples with this setting."""
 
 

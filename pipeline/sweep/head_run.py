@@ -334,7 +334,7 @@ def fit_notes(model: HeadModel, selection: Selection, data: Prepared) -> list[st
         if (trial.candidate.layers, trial.candidate.scaling)
         == (best.candidate.layers, best.candidate.scaling)
     ]
-    edge = edge_note(best.setting, alike) if protocol.folds else None
+    edge = edge_note(best.setting, alike) if protocol.folds and selection.has_edges else None
     notes += [edge] if edge else []
     if not model.head.converged_:
         notes.append(

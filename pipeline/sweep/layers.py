@@ -135,7 +135,7 @@ def _in_order(names: Sequence[str], chosen: Sequence[str]) -> LayerSet:
 
 def _score(search: Search, layers: LayerSet) -> float:
     """The best score of ridge regression on these layers."""
-    found = search.run(Grid("ridge", GRIDS["default"]["ridge"], [(layers, "standardise")]))
+    found = search.run(Grid("ridge", GRIDS["quick"]["ridge"], [(layers, "standardise")]))
     return found.best.rank(search.metric)[0]
 
 

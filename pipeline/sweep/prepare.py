@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,12 @@ class Prepared:
     def key(self) -> str:
         """sha256 of all that decides a trial's scores but the candidate and the seed."""
         inputs = self.inputs
-        total = hashlib.sha256(f"{pipeline.__version__}:{inputs.digest()}".encode())
+        total = hashlib.sha256(inputs.digest().encode())
+        versions = [metadata.version(name) for name in ("numpy", "scipy", "scikit-learn", "torch")]
+        total.update(json.dumps([pipeline.__version__, *versions]).encode())
+        for folder in ("heads", "sweep"):
+            for file in sorted((Path(__file__).parents[1] / folder).rglob("*.py")):
+                total.update(file.read_bytes())
         total.update(json.dumps([block.key for block in inputs.blocks]).encode())
         for column in (inputs.splits, inputs.groups):
             total.update(json.dumps([] if column is None else column.tolist()).encode())

@@ -24,6 +24,9 @@ Frame = tuple[tuple[str, ...], str]
 class Proposals(Protocol):
     """Candidates of one head."""
 
+    head: str
+    has_edges: bool  # whether a best value at the end of what was tried is worth telling
+
     def next(self, n: int | None) -> list[Candidate]:
         """Some more of them, at most ``n``; none when it is done."""
 
@@ -38,30 +41,43 @@ class Grid:
         head: whose candidates they are.
         settings: to try.
         frames: layers and scalings to try them with.
+        spread: begin with settings that lie far apart, in every frame, as is right where the time
+            may be up before the end.
     """
 
-    def __init__(self, head: str, settings: Sequence[Setting], frames: Sequence[Frame]) -> None:
+    has_edges = True
+
+    def __init__(
+        self,
+        head: str,
+        settings: Sequence[Setting],
+        frames: Sequence[Frame],
+        *,
+        spread: bool = False,
+    ) -> None:
+        self.head = head
+        pairs = list(product(frames, settings))
+        if spread:
+            pairs = [(frame, settings[i]) for i in _far_apart(len(settings)) for frame in frames]
         self._left = [
-            Candidate(head, layers, scaling, dict(setting))
-            for (layers, scaling), setting in product(frames, settings)
+            Candidate(head, layers, scaling, dict(setting)) for (layers, scaling), setting in pairs
         ]
 
     def next(self, n: int | None) -> list[Candidate]:
-        """Those that come next, of one frame."""
-        if not self._left:
-            return []
-        first = self._left[0]
-        frame = (first.layers, first.scaling)
-        n_same = next(
-            (i for i, c in enumerate(self._left) if (c.layers, c.scaling) != frame),
-            len(self._left),
-        )
-        taken = self._left[: min(n_same, n or n_same)]
-        self._left = self._left[len(taken) :]
+        """Those that come next."""
+        n = n or len(self._left)
+        taken, self._left = self._left[:n], self._left[n:]
         return taken
 
     def tell(self, trial: Trial, value: float | None) -> None:
         """A grid does not learn."""
+
+
+def _far_apart(n: int) -> list[int]:
+    """0 … n - 1 in an order whose beginnings are evenly spread: by their bits, reversed."""
+    n_bits = max(1, (n - 1).bit_length())
+    order = sorted(range(1 << n_bits), key=lambda i: int(f"{i:0{n_bits}b}"[::-1], 2))
+    return [i for i in order if i < n]
 
 
 class Draws:
@@ -75,9 +91,12 @@ class Draws:
         seed: of the draws.
     """
 
+    has_edges = False
+
     def __init__(
         self, head: str, space: Space, frames: Sequence[Frame], n_trials: int, seed: int
     ) -> None:
+        self.head = head
         rng = np.random.default_rng([seed, *head.encode()])
         drawn = []
         for _ in range(n_trials if space or len(frames) > 1 else 1):
@@ -109,11 +128,13 @@ class Guided:
         UsageError: optuna is not installed.
     """
 
+    has_edges = False
+
     def __init__(
         self, head: str, space: Space, frames: Sequence[Frame], n_trials: int, seed: int
     ) -> None:
         optuna = _optuna()
-        self._head, self._space, self._frames = head, space, frames
+        self.head, self._space, self._frames = head, space, frames
         self._left = n_trials if space or len(frames) > 1 else 1
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
@@ -132,7 +153,7 @@ class Guided:
         at = asked.suggest_categorical("frame", list(range(len(self._frames))))
         setting = {name: _suggest(asked, name, values) for name, values in self._space.items()}
         layers, scaling = self._frames[at]
-        candidate = Candidate(self._head, layers, scaling, setting)
+        candidate = Candidate(self.head, layers, scaling, setting)
         self._asked.setdefault(candidate.key(), []).append(asked)
         return candidate
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import TlpipeError
-from pipeline.heads import head_class
+from pipeline.heads import HEADS, head_class
 from pipeline.heads.features import HeadInputs
 from pipeline.sweep.journal import Journal
 from pipeline.sweep.prepare import Prepared
@@ -33,6 +33,8 @@ class Selection:
         rows: samples that chose.
         probabilities: (len(rows), n_classes), by the best, fitted without them.
         stopped_early: the time was up before all was tried.
+        has_edges: a best value at the end of what was tried is worth telling.
+        known_seconds: that an earlier process spent on trials which were taken up.
     """
 
     best: Trial
@@ -40,6 +42,8 @@ class Selection:
     rows: NDArray[np.intp]
     probabilities: NDArray[np.float64]
     stopped_early: bool = False
+    has_edges: bool = True
+    known_seconds: float = 0.0
 
 
 @dataclass
@@ -69,24 +73,26 @@ class Search:
         """
         protocol = self.data.protocol
         rows = np.concatenate([fold.choose for fold in protocol.folds] or [np.zeros(0, np.intp)])
-        n_together = None if self.deadline is None else _TOGETHER
         if not protocol.folds:
-            (first, *_) = proposals.next(None)
-            untried = Trial(self._seeded(first), 0.0)
+            untried = Trial(self._seeded(_common(proposals.next(None))), 0.0)
             nothing = np.zeros((0, len(self.data.known)))
             return Selection(untried, [untried], rows, nothing)
         tried: dict[str, Trial] = {}
         order: dict[str, int] = {}
         best: tuple[tuple[float, ...], Trial, NDArray[np.float64] | None] | None = None
         stopped_early = False
-        while proposed := proposals.next(n_together):
+        known_seconds = 0.0
+        pace = _Pace(self.deadline, HEADS[proposals.head].together)
+        while proposed := proposals.next(pace.n_next()):
             batch = {c.key(): c for c in map(self._seeded, proposed)}
             for key in batch:
                 order.setdefault(key, len(order))
+            pace.begin(proposed)
             fresh = [candidate for key, candidate in batch.items() if key not in tried]
             for trial, probabilities in self._try(fresh):
                 key = trial.candidate.key()
                 tried[key] = trial
+                known_seconds += trial.seconds if self._was_known(trial) else 0.0
                 self.on_trial(trial)
                 if not trial.failure:
                     # Of equals the first, in whatever order they are done.
@@ -96,7 +102,7 @@ class Search:
             for key in batch:
                 failed = bool(tried[key].failure)
                 proposals.tell(tried[key], None if failed else tried[key].rank(self.metric)[0])
-            if self.deadline is not None and time.monotonic() > self.deadline:
+            if pace.is_over():
                 stopped_early = bool(proposals.next(1))
                 break
         trials = sorted(tried.values(), key=lambda trial: order[trial.candidate.key()])
@@ -108,7 +114,14 @@ class Search:
         _, chosen, probabilities = best
         if probabilities is None:  # they went with the process that found it
             chosen, probabilities = self._once_more(chosen)
-        return Selection(chosen, trials, rows, probabilities, stopped_early)
+        return Selection(
+            chosen, trials, rows, probabilities, stopped_early, proposals.has_edges, known_seconds
+        )
+
+    def _was_known(self, trial: Trial) -> bool:
+        """Whether an earlier process did it."""
+        known = self.journal and self.journal.known(self.data.seed, trial.candidate)
+        return known is trial
 
     def _try(
         self, candidates: Sequence[Candidate]
@@ -156,6 +169,52 @@ class Search:
                 n_classes=len(self.data.known), scaling=scaling, widths=part.widths,
             )  # fmt: skip
         return self._matrices[layers, scaling]
+
+
+def _common(candidates: Sequence[Candidate]) -> Candidate:
+    """What all candidates have in common; the rest is left to the head's defaults."""
+    first = candidates[0]
+    shared = {
+        name: value
+        for name, value in first.setting.items()
+        if all(other.setting.get(name) == value for other in candidates)
+    }
+    return replace(first, setting=shared)
+
+
+class _Pace:
+    """How many candidates to try at once, so that the time is neither wasted nor overrun.
+
+    Args:
+        deadline: of ``time.monotonic``; None for none.
+        most: never more than these at once; None for any number.
+    """
+
+    def __init__(self, deadline: float | None, most: int | None) -> None:
+        self._deadline = deadline
+        self._most = most
+        self._started = time.monotonic()
+        self._n_done = 0
+
+    def begin(self, candidates: Sequence[Candidate]) -> None:
+        """These are tried now."""
+        self._n_done += len(candidates)
+
+    def n_next(self) -> int | None:
+        """How many to try next; None for all of them."""
+        if self._deadline is None:
+            return self._most
+        if not self._n_done:
+            return 1
+        now = time.monotonic()
+        seconds_each = max(now - self._started, 1e-3) / self._n_done
+        # Half of what is left, as long as the estimate is young.
+        affordable = int((self._deadline - now) / (2 * seconds_each))
+        return max(1, min(affordable, _TOGETHER, self._n_done))
+
+    def is_over(self) -> bool:
+        """Whether the time is up."""
+        return self._deadline is not None and time.monotonic() > self._deadline
 
 
 def _frame(candidate: Candidate) -> Frame:

@@ -210,3 +210,20 @@ def grid_of(head: str, name: str, params: Mapping[str, Range | Choice]) -> list[
     if name not in GRIDS:
         raise UnknownNameError("grid", name, GRIDS)
     return with_params(GRIDS[name].get(head) or GRIDS["default"][head], params)
+
+
+def check_settings(head: str, settings: Sequence[Setting]) -> None:
+    """Refuse a grid of which nothing can be fitted; a part that cannot fails by itself.
+
+    Raises:
+        UsageError: every setting has a parameter that is out of its range or of another kind.
+    """
+    reasons = []
+    for setting in settings:
+        try:
+            head_class(head)(**setting).check_params()
+        except (TypeError, ValueError) as error:
+            reasons.append(str(error))
+        else:
+            return
+    raise UsageError(f"Head {head!r} cannot be fitted with these parameters: {reasons[0]}.")

@@ -18,7 +18,7 @@ from pipeline.sweep.memory import peak_memory
 from pipeline.sweep.prepare import Prepared, prepare
 from pipeline.sweep.proposals import Draws, Frame, Grid, Guided, Proposals, check_search
 from pipeline.sweep.search import Search
-from pipeline.sweep.space import Choice, Range, grid_of, params_of, space_of
+from pipeline.sweep.space import Choice, Range, check_settings, grid_of, params_of, space_of
 from pipeline.sweep.sweep_run import HeadResult, SweepRun
 from pipeline.sweep.trials import Trial, check_metric
 
@@ -67,6 +67,8 @@ class Plan:
         Raises:
             UsageError: a name that there is none of, or numbers out of range.
         """
+        if not self.heads:
+            raise UsageError(f"No head was named; there are: {', '.join(HEADS)}.")
         for head in self.heads:
             if head not in HEADS:
                 raise UnknownNameError("head", head, HEADS)
@@ -87,7 +89,9 @@ class Plan:
             )
         object.__setattr__(self, "spaces", params_of(self.heads, self.params))
         for head in self.heads:
-            grid_of(head, self.grid, self.spaces[head])
+            grid = grid_of(head, self.grid, self.spaces[head])
+            if self.params:
+                check_settings(head, grid)
 
     def proposals(self, head: str, layers: Sequence[tuple[str, ...]], seed: int) -> Proposals:
         """Candidates of a head."""
@@ -95,7 +99,8 @@ class Plan:
             (names, scaling) for names in layers for scaling in self._scalings_of(head)
         ]
         if self.search == "grid":
-            return Grid(head, grid_of(head, self.grid, self.spaces[head]), frames)
+            settings = grid_of(head, self.grid, self.spaces[head])
+            return Grid(head, settings, frames, spread=self.time_budget is not None)
         kind = Guided if self.search == "optuna" else Draws
         space = space_of(head, self.spaces[head])
         return kind(head, space, frames, self.n_trials or _DEFAULT_TRIALS, seed)
@@ -151,16 +156,16 @@ def sweep(
     clock.lap("load")
     ends = None if plan.time_budget is None else time.monotonic() + plan.time_budget
     journal = Journal(out or default_folder(data.inputs.blocks), data.key(), resume=resume)
-    if journal.n_dropped:
+    if journal.n_left:
         on_note(
-            f"{journal.n_dropped:,} trials of an unfinished sweep of this data are dropped; "
-            "--resume would have taken them up."
+            f"An unfinished sweep of this data left {journal.n_left:,} trials; --resume takes "
+            "them up."
         )
     with journal:
         choice = None
         if AUTO in plan.layers and data.protocol.folds:
             choice = choose_layers(data, Search(data, plan.metric, ends, journal))
-            on_note(choice.note())
+            clock.lap("layers")
             sets = list(dict.fromkeys([*sets, choice.layers]))
         runner = _Runner(data, plan, sets or [data.inputs.layer_names], journal, ends, on_trial)
         results = runner.all_heads(on_head)
@@ -225,4 +230,5 @@ class _Runner:
         selection = search.run(self.plan.proposals(head, self.sets, seed))
         del search  # and the scaled features with it
         clock.lap("select")
+        clock.laps["select"] += selection.known_seconds
         return finish_run(data, selection, metric=self.plan.metric, seconds=clock.laps)

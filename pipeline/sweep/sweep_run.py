@@ -28,8 +28,9 @@ class HeadResult:
 
     Attributes:
         run: of the first seed.
-        top1: accuracy on ``run.scored_on``; with repeats their mean and the 95 % interval of it
-            (Student's t), else that of the bootstrap over samples. None where nothing was scored.
+        top1: accuracy on ``run.scored_on`` with its 95 % interval: the bootstrap over samples; with
+            repeats their mean, and the spread of the seeds added (Student's t). None where nothing
+            was scored.
         repeats: accuracy of every seed.
         seconds: choosing, fitting and scoring, mean of the repeats.
         memory_bytes: the most that the process held beyond what it held before; None where the
@@ -52,8 +53,17 @@ class HeadResult:
         top1 = scores[0] if scores else None
         if len(repeats) > 1:
             mean, spread = float(np.mean(repeats)), float(np.std(repeats, ddof=1))
-            half = float(student.ppf(0.975, len(repeats) - 1)) * spread / len(repeats) ** 0.5
-            top1 = Score(mean, max(mean - half, 0.0), min(mean + half, 1.0))
+            by_seed = float(student.ppf(0.975, len(repeats) - 1)) * spread / len(repeats) ** 0.5
+            # All repeats are scored on the same samples: their sampling error does not average out.
+            below, above = (
+                float(np.mean([abs(getattr(score, end) - score.value) for score in scores]))
+                for end in ("low", "high")
+            )
+            low, high = (
+                mean - float(np.hypot(below, by_seed)),
+                mean + float(np.hypot(above, by_seed)),
+            )
+            top1 = Score(mean, max(low, 0.0), min(high, 1.0))
         return cls(
             runs[0],
             top1,
@@ -76,6 +86,7 @@ class HeadResult:
             "scored_on": run.scored_on,
             "top1": None if self.top1 is None else self.top1.to_dict(),
             "repeats": list(self.repeats),
+            "seed_std": float(np.std(self.repeats, ddof=1)) if len(self.repeats) > 1 else None,
             "metrics": run.metrics_dict(),
             "seconds": round(self.seconds, 3),
             "predict_seconds_per_1000": run.seconds.get("predict"),
@@ -111,7 +122,9 @@ class SweepRun:
         if not len(self.results[0].run.chosen_right):
             return list(self.results)
         return sorted(
-            self.results, key=lambda result: result.run.best.rank(self.metric), reverse=True
+            self.results,
+            key=lambda result: (*result.run.best.rank(self.metric), -result.run.size_bytes),
+            reverse=True,
         )
 
     def recommended(self) -> tuple[HeadResult, str]:
