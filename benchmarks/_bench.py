@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import click
     from PIL import Image
 
+# As the command line does, and before torch is imported: threads that wait by spinning would make
+# whatever else runs on the machine count double.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # a benchmark measures its own checkout, installed or not
 TLPIPE = [sys.executable, str(ROOT / "cli.py")]
