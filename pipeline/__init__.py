@@ -1,13 +1,15 @@
 """tlpipe: pay for the backbone once, then everything else is cheap.
 
-    data/ ──> extract/ ──> store/ ──> heads/ ──> runs/
-    samples   backbone     HDF5       estimators  metrics, predictions, the model
-              (frozen)       │           ▲
-                             └──> sweep/ ┘   selection over many settings
+    data/ ──> extract/ ──> store/ ──> heads/ ──> runs/ ──> report/
+    samples   backbone     HDF5       estimators  metrics,  pages
+      │       (frozen)       │           ▲        the model
+      │                      └──> sweep/ ┘   selection over many settings
+      └──────────> finetune/ ──────────────> runs/          the backbone itself is trained
 
 ``data`` finds samples, ``backbones`` knows frozen networks, ``extract`` runs one over the other
 into a feature ``store``; ``heads`` are estimators fitted on stored features, ``sweep`` chooses
-between their settings, ``runs`` keeps the results, ``commands`` is the command line.
+between their settings, ``finetune`` trains what was frozen, ``runs`` keeps and compares the
+results, ``report`` shows them, ``commands`` is the command line.
 
 Imports follow the arrows, and importing this package imports none of them: each public name
 below is loaded when it is first used.
@@ -24,14 +26,24 @@ if TYPE_CHECKING:
     from pipeline.extract.extractor import extract
     from pipeline.runs.bundle import load_bundle
     from pipeline.store import Store, open_store
+    from pipeline.sweep.fit import fit_head
 
 __version__ = "0.1.0"
 
-__all__ = ["Store", "extract", "load_backbone", "load_bundle", "open_source", "open_store"]
+__all__ = [
+    "Store",
+    "extract",
+    "fit_head",
+    "load_backbone",
+    "load_bundle",
+    "open_source",
+    "open_store",
+]
 
 _HOME = {
     "Store": "pipeline.store",
     "extract": "pipeline.extract.extractor",
+    "fit_head": "pipeline.sweep.fit",
     "load_backbone": "pipeline.backbones",
     "load_bundle": "pipeline.runs.bundle",
     "open_source": "pipeline.data",

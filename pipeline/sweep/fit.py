@@ -75,7 +75,7 @@ def fit_head(
     settings = settings or GRIDS["quick"][head]
     data = plan(stores, layers=layers, label=label, groups=groups, seed=seed)
     notes = data.notes()
-    if memory_limit is not None and must_stream(data, memory_limit):
+    if memory_limit is not None and must_stream(data, head, settings, memory_limit):
         clock.lap("load")
         run = fit_streamed(
             data, head=head, scaling=scaling, settings=settings, metric=metric,
