@@ -28,7 +28,7 @@ demo: .venv/.installed-$(DEMO)  ## see it work on a small data set, without a do
 	@.venv/bin/tlpipe demo $(ARGS)
 
 test: .venv/.installed-dev  ## run the tests
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: .venv/.installed-dev  ## lint, formatting, types
 	$(PY) -m ruff check
