@@ -4,6 +4,8 @@ fit.py          finetune(): data, network, search, training, scoring, in this or
 settings.py     Settings: how to train
 data.py         who trains, who chooses, who scores; files that cannot be read are left out
 images.py       batches of images: decoded in threads, augmented by (seed, epoch, sample)
+cached.py       activations at the last frozen block, stored once and trained on
+top.py          the part of a network above them, checked against the whole
 augment.py      torchvision's augmentations, made to depend on a seed alone
 blocks.py       the blocks of a network, found by running it
 policies.py     which parameters a policy trains, and in which mode each module is

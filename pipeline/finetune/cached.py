@@ -294,7 +294,7 @@ class StoredBatches:
                 values = waiting.pop().result()
                 waiting += [reader.submit(read, ahead) for ahead in groups[place + 1 : place + 2]]
                 sizes = [len(part) for part in group]
-                for inputs, part in zip(values.split(sizes), group, strict=True):
+                for inputs, part in zip(torch.split(values, sizes), group, strict=True):
                     yield batch(inputs, part)
 
 

@@ -23,7 +23,13 @@ from pipeline.extract.precision import resolve_device
 from pipeline.finetune.augment import make_augment
 from pipeline.finetune.blocks import find_blocks
 from pipeline.finetune.bundle import Architecture, random_origin
-from pipeline.finetune.cached import Cached, StoredBatches, embed_activations, stored_data
+from pipeline.finetune.cached import (
+    Cached,
+    StoredBatches,
+    check_store,
+    embed_activations,
+    stored_data,
+)
 from pipeline.finetune.checkpoint import Checkpoint, StoppedError
 from pipeline.finetune.data import TrainingData, choose_column, load_data, training_notes
 from pipeline.finetune.evaluate import choose_precision, outputs_of
@@ -175,6 +181,7 @@ def _embed(
         note=watcher.note,
         should_stop=watcher.should_stop,
     )
+    check_store(store, backbone, split)
     return stored_data(store, source, split, settings, label)
 
 
