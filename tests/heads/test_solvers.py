@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.svm import LinearSVC
 
@@ -13,6 +14,7 @@ from pipeline.heads.solvers.ridge import fit_ridge, fit_ridge_folds
 from pipeline.heads.threads import one_thread_each
 
 GRID = np.logspace(-3, 2, 6)
+UNEVEN_OPTIMUM = 39.8162  # of the module's uneven digits at C = 100, in float64 with tol=1e-10
 
 
 @pytest.fixture(autouse=True)
@@ -188,6 +190,47 @@ def test_one_feature_of_another_scale(scale):
 def scaled_objective(X, y, C, params, scale):
     unit = np.where(np.arange(5) == 2, scale, 1.0)
     return logistic_objective(X, y, C, params[:, :5] / unit, params[:, 5])
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    """Digits whose columns differ by five orders of magnitude."""
+    X, y = load_digits(return_X_y=True)
+    return X[:400] * np.logspace(-3, 2, X.shape[1]), y[:400]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tol"), [(np.float64, 1e-4), (np.float32, 1e-4), (np.float32, 1e-6)]
+)
+def test_what_has_converged_on_uneven_features_is_near_the_optimum(uneven, dtype, tol):
+    X, y = uneven
+
+    found = fit_logistic(X.astype(dtype), y, [100.0], tol=tol)
+
+    assert found.converged.all()
+    assert found.objective[0, 0] <= UNEVEN_OPTIMUM * (1 + 2 * tol)
+
+
+def test_a_path_on_uneven_features_is_near_the_optimum(uneven):
+    X, y = uneven
+
+    found = fit_logistic(X, y, np.logspace(-4, 2, 13))
+
+    assert found.converged.all()
+    assert found.objective[0, -1] <= UNEVEN_OPTIMUM * (1 + 5e-4)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("shape", [(30, 60), (25, 40), (300, 40)])
+def test_an_svm_that_has_converged_is_near_the_optimum(shape, dtype, n_classes):
+    X, y = blobs(*shape, n_classes)
+
+    found = fit_svm(X.astype(dtype), y, [100.0])
+    best = fit_svm(X, y, [100.0], tol=1e-9).objective
+
+    assert found.converged.all()
+    assert (found.objective <= best * (1 + 1e-4)).all()
 
 
 def test_constant_features_and_repeated_rows_change_nothing():

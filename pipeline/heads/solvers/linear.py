@@ -38,8 +38,9 @@ class Solution:
         intercept: (n_folds, n_C, n_outputs) float64.
         objective: (n_folds, n_C) float64, ``C · Σ w_i loss_i + ½‖coef‖²``; of a one-vs-rest
             problem, summed over the classes.
-        gap: (n_folds, n_C) float64, (objective - optimum) / objective as the last Newton step
-            foretold it; the step was taken, so that what is left is far less.
+        gap: (n_folds, n_C) float64, estimated (objective - optimum) / objective before the last
+            Newton step. What is left after it is less, often by far; on features that differ by
+            orders of magnitude it may be a few times as much.
         n_iter: (n_folds, n_C) int64, Newton steps; of one-vs-rest, the most of a class.
         converged: (n_folds, n_C) bool, whether ``gap`` is within the tolerance.
     """

@@ -17,6 +17,7 @@ from pipeline.heads.solvers.losses import Loss
 
 _FORCING = 0.1
 _ENOUGH = 0.05
+_CAUTION = 2  # power of the least curvature met, which is above the least there is
 _MAX_CG = 200
 _HALVINGS = 30
 
@@ -152,9 +153,11 @@ class Found:
     Attributes:
         params: (n_problems, n_outputs, rank + 1).
         objective: (n_problems,), float64.
-        gap: (n_problems,), estimated (objective - optimum) / objective before the last step.
+        gap: (n_problems,), estimated (objective - optimum) / objective before the last step, with
+            what conjugate gradients may have missed.
         n_iter: (n_problems,), Newton steps.
         converged: (n_problems,), ``gap`` fell below the tolerance.
+        softest: (n_problems,), least curvature met, in the metric of the preconditioner; at most 1.
         n_products: mean number of products with the Hessian that a Newton step of a problem took.
     """
 
@@ -163,6 +166,7 @@ class Found:
     gap: Tensor
     n_iter: Tensor
     converged: Tensor
+    softest: Tensor
     n_products: float = 0.0
 
 
@@ -178,13 +182,22 @@ def gradient_of(values: Tensor, slope: Tensor) -> Tensor:
     return (flat.T @ values).to(slope.dtype).reshape(*slope.shape[1:], -1)
 
 
-def solve(design: Design, problems: Problems, start: Tensor, *, tol: float, max_iter: int) -> Found:
+def solve(
+    design: Design,
+    problems: Problems,
+    start: Tensor,
+    *,
+    tol: float,
+    max_iter: int,
+    softest: Tensor | None = None,
+) -> Found:
     """Minimise every problem from its start.
 
     A problem is done when half its squared Newton decrement, the distance to the optimum that a
     quadratic model foretells, is at most ``tol`` of the objective; the step that found this out
-    is still taken, and lands nearer by orders of magnitude. This measure changes with no scaling of
-    features, weights or penalty.
+    is still taken. Conjugate gradients see a part of the decrement, and the rest of it is counted
+    from the least curvature that they met: an estimate, no bound. Where preconditioners are poor
+    (features that differ by orders of magnitude) the distance may be a few times as large.
 
     Args:
         design: the features.
@@ -192,6 +205,7 @@ def solve(design: Design, problems: Problems, start: Tensor, *, tol: float, max_
         start: (n_problems, n_outputs, rank + 1).
         tol: relative to the objective.
         max_iter: Newton steps of a problem at most.
+        softest: (n_problems,), what is known of the least curvature; see :class:`Found`.
     """
     params = start.clone()
     n_problems, device = len(params), params.device
@@ -200,12 +214,14 @@ def solve(design: Design, problems: Problems, start: Tensor, *, tol: float, max_
     n_iter = torch.zeros(n_problems, dtype=torch.int64, device=device)
     converged = torch.zeros(n_problems, dtype=torch.bool, device=device)
     left = torch.arange(n_problems, device=device)
-    state = _State(design, problems, start.clone())
+    least = torch.ones_like(objective) if softest is None else softest.clone()
+    state = _State(design, problems, start.clone(), softest=least.clone())
     n_products = n_steps = 0
     for _ in range(max_iter):
         step = state.advance(tol)
         n_products, n_steps = n_products + step.n_products, n_steps + len(left)
         params[left], objective[left], gap[left] = state.params, state.objective, step.gap
+        least[left] = state.softest
         n_iter[left] += step.moved.long()
         converged[left] = step.arrived
         going = (~(step.arrived | step.stuck)).nonzero()[:, 0]
@@ -214,7 +230,7 @@ def solve(design: Design, problems: Problems, start: Tensor, *, tol: float, max_
         if len(going) < len(left):
             left = left[going]
             state = state.select(going)
-    return Found(params, objective, gap, n_iter, converged, n_products / max(n_steps, 1))
+    return Found(params, objective, gap, n_iter, converged, least, n_products / max(n_steps, 1))
 
 
 @dataclass(frozen=True)
@@ -239,6 +255,7 @@ class _State:
         scores: Tensor | None = None,
         objective: Tensor | None = None,
         last_gap: Tensor | None = None,
+        softest: Tensor | None = None,
         precise: bool = False,
     ) -> None:
         self.design = design
@@ -247,6 +264,8 @@ class _State:
         self.scores = scores_of(design.values, params) if scores is None else scores
         self.objective = problems.objective(self.scores, params) if objective is None else objective
         self.last_gap = torch.full_like(self.objective, torch.inf) if last_gap is None else last_gap
+        # The least curvature that was met, in the metric of the preconditioner, and at most 1.
+        self.softest = torch.ones_like(self.objective) if softest is None else softest
         self.precise = precise or not has_fast_half(params)
 
     def select(self, kept: Tensor) -> _State:
@@ -258,6 +277,7 @@ class _State:
             self.scores[:, kept],
             self.objective[kept],
             self.last_gap[kept],
+            self.softest[kept],
             self.precise,
         )
 
@@ -267,19 +287,34 @@ class _State:
         gradient = gradient_of(self.design.values, self.problems.weighted(slope))
         del slope
         self.problems.add_penalty(gradient, self.params)
-        direction, decrement, n_products = self._direction(gradient, bend, tol)
+        direction, decrement, rest, n_products = self._direction(gradient, bend, tol)
         floor = self.objective.clamp(min=torch.finfo(torch.float64).tiny)
-        gap = 0.5 * decrement / floor
+        foreseen = 0.5 * decrement / floor
+        # No loss is below 0, so that no more than the whole objective can be missing.
+        gap = (foreseen + 0.5 * rest / floor).clamp(max=1)
         # Rounding in the products shows where steps no longer bring what they should.
-        slow = (gap > 0.5 * self.last_gap) & (self.last_gap < 1e-3)
+        slow = (foreseen > 0.5 * self.last_gap) & (self.last_gap < 1e-3)
         self.precise = self.precise or bool(slow.any())
-        self.last_gap = gap
+        self.last_gap = foreseen
         length = self._search(direction, decrement)
         self.params += length.to(direction.dtype)[:, None, None] * direction
         return _Step(gap, gap <= tol, length == 0, length > 0, n_products)
 
-    def _direction(self, gradient: Tensor, bend: Tensor, tol: float) -> tuple[Tensor, Tensor, int]:
-        """Conjugate gradients: steps, their squared decrements -gᵀs (n_problems,), products."""
+    def _direction(
+        self, gradient: Tensor, bend: Tensor, tol: float
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Conjugate gradients.
+
+        A step that leaves the problem on its way may be a rough one. Where it would be the last,
+        the iterations go on until their own error is known to be small too: it is at most
+        norm · share / smallest eigenvalue of the preconditioned Hessian (Meurant and Tichý, 2019).
+        The least curvature that a search met stands for that, squared, for it lags behind: little
+        where the preconditioner is good, much where it is not.
+
+        Returns:
+            Steps; their squared decrements -gᵀs, and what these lack of the full gᵀH⁻¹g, both
+            (n_problems,); products with the Hessian.
+        """
         n_products = 0
         problems = self.problems
         strength = problems.weighted(problems.loss.strength(bend)).sum(dim=0)
@@ -288,21 +323,25 @@ class _State:
         scales = (strength / totals[problems.anchor]).clamp(min=tiny)
         values = self.design.values if self.precise else self.design.half()
         solution = torch.zeros_like(gradient)
+        decrement, rest = torch.zeros_like(self.objective), torch.zeros_like(self.objective)
         left = torch.arange(len(gradient), device=gradient.device)
         residual = -gradient
         solved = problems.precondition(residual, scales)
         search = solved.clone()
         norm = _dot(residual, solved)
+        share, within = torch.ones_like(norm), 2 * tol * self.objective
         # Below the second term a step would be more exact than was asked for.
-        goal = torch.maximum(_FORCING**2 * norm, 2 * _ENOUGH * tol * self.objective)
-        solution += (norm <= goal).to(search.dtype)[:, None, None] * search
+        goal = torch.maximum(_FORCING**2 * norm, _ENOUGH * within)
         for _ in range(_MAX_CG):
-            going = (norm > goal).nonzero()[:, 0]
+            rest[left] = norm * share / self.softest[left] ** _CAUTION
+            far, near = decrement[left] > within, decrement[left] + rest[left] <= within
+            going = ((norm > goal) | ~(far | near)).nonzero()[:, 0]
             if not len(going):
                 break
             if len(going) < len(left):
                 left, norm, goal, scales = left[going], norm[going], goal[going], scales[going]
                 residual, search, bend = residual[going], search[going], bend[:, going]
+                share, within = share[going], within[going]
                 problems = problems.select(going)
             n_products += len(left)
             curved = problems.loss.curve(bend, scores_of(values, search))
@@ -310,14 +349,20 @@ class _State:
             problems.add_penalty(product, search)
             bending = _dot(search, product)
             usable = bending > 0
-            length = torch.where(usable, norm / bending, 0.0).to(search.dtype)[:, None, None]
+            ratio = torch.where(usable, norm / bending, 0.0)
+            met = torch.where(usable, bending * share / norm, torch.inf)
+            self.softest[left] = torch.minimum(self.softest[left], met)
+            length = ratio.to(search.dtype)[:, None, None]
             solution[left] += length * search
+            decrement[left] += ratio * norm
             residual = residual - length * product
             solved = problems.precondition(residual, scales)
             last, norm = norm, _dot(residual, solved)
-            search = solved + (norm / last).to(search.dtype)[:, None, None] * search
+            growth = norm / last
+            share = share / (share + growth)
+            search = solved + growth.to(search.dtype)[:, None, None] * search
             norm = torch.where(usable, norm, 0.0)
-        return solution, -_dot(gradient, solution), n_products
+        return solution, -_dot(gradient, solution), rest, n_products
 
     def _search(self, direction: Tensor, decrement: Tensor) -> Tensor:
         """Step lengths 1, ½, ¼… that lower the objective enough, or 0; scores move along."""

@@ -29,6 +29,7 @@ from pipeline.heads.solvers.newton import (
 _COARSE = math.log(12)
 _ROUGH = 1e-2
 _MANY_PRODUCTS = 8
+_INHERITED = 0.6
 _EIGH = 15  # cubes of the width that an eigendecomposition costs
 _BATCH_BYTES = {"cpu": 2**25, "cuda": 2**31}
 
@@ -65,7 +66,7 @@ class Path:
     Attributes:
         penalties: (n_penalties,) float64, descending.
         params: (n_penalties, n_lanes, n_outputs, rank + 1).
-        found: objective, gap, n_iter, converged of all problems, penalty by penalty.
+        found: objective, gap, n_iter, converged, softest of all problems, penalty by penalty.
         anchors: preconditioners, one a target for every solved coarse point.
         anchor_at: log of the penalties of these points.
     """
@@ -126,7 +127,12 @@ class _PathSolver:
             torch.zeros(n_problems, dtype=torch.float64, device=device),
             torch.zeros(n_problems, dtype=torch.int64, device=device),
             torch.zeros(n_problems, dtype=torch.bool, device=device),
+            torch.ones(n_problems, dtype=torch.float64, device=device),
         )
+        if start is not None:
+            softest = start.found.softest.reshape(len(self.at), 1, -1)
+            n_folds = n_problems // softest.numel()
+            self.found.softest.copy_(softest.expand(-1, n_folds, -1).reshape(-1))
         self.anchors = [] if start is None else start.anchors
         self.anchor_at = [] if start is None else start.anchor_at
         self.stride = _stride(self.at)
@@ -152,6 +158,8 @@ class _PathSolver:
                     [*self.anchors, *fresh],
                     [*self.anchor_at, self.at[i]],
                 )
+                # These leave less soft than the last anchor did, and how much is yet to be met.
+                self.found.softest.reshape(len(self.at), -1)[i] **= _INHERITED
             self.solve_points([i], [self.params[i]])
             solved.append(i)
 
@@ -251,6 +259,7 @@ class _PathSolver:
                 start,
                 tol=tol or self.tol,
                 max_iter=self.max_iter,
+                softest=torch.cat([self.softest_near(i) for i in part]),
             )
             rows = torch.tensor(part, device=start.device)[:, None] * n_lanes
             rows = (rows + torch.arange(n_lanes, device=start.device)).reshape(-1)
@@ -259,8 +268,19 @@ class _PathSolver:
             self.found.gap[rows] = found.gap
             self.found.n_iter[rows] += found.n_iter
             self.found.converged[rows] = found.converged
+            self.found.softest[rows] = found.softest
             most = max(most, found.n_products)
         return most
+
+    def softest_near(self, i: int) -> Tensor:
+        """The least curvature met at a penalty and at those solved on either side of it."""
+        n_lanes = self.lanes.n_lanes
+        softest, n_iter = self.found.softest.reshape(-1, n_lanes), self.found.n_iter
+        known = (n_iter.reshape(-1, n_lanes) > 0).any(dim=1).nonzero()[:, 0].tolist()
+        if i in known:
+            return softest[i]
+        around = [*[j for j in known if j < i][-1:], *[j for j in known if j > i][:1]]
+        return softest[[i, *around]].amin(dim=0)
 
     def anchors_of(self, i: int) -> list[Anchor]:
         """The anchors of a solved point, one a target; the folds of it are averaged."""
