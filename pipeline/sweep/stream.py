@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
@@ -22,6 +23,7 @@ from pipeline.heads.calibration import fit_temperature
 from pipeline.heads.model import HeadModel
 from pipeline.heads.scaling import Scaler
 from pipeline.heads.streaming.fit import STREAMED, Fitted, MemoryPlan, StreamedFit, can_stream
+from pipeline.heads.streaming.footprint import FitSize, held_bytes
 from pipeline.heads.streaming.moments import Parts
 from pipeline.heads.streaming.outcomes import Outcomes
 from pipeline.runs.predictions import Predictions
@@ -35,19 +37,41 @@ Array = NDArray[Any]
 Indices = NDArray[np.intp]
 Logits = dict[int, Array]
 
-_COPIES = 3
+# What a fit loads, threads, freed memory that is kept, and what is paged in of torch as the process
+# ends: that alone was 50 to 120 MB.
+_LIBRARY_BYTES = 210e6
 _LOGITS_SHARE = 0.25  # of the room, for scores that temperatures are fitted on
-_SLACK_BYTES = 130e6
 _OUTCOME_BYTES = 110  # of a sample that chooses, for each setting
 _SCORE_BYTES = 300  # of a sample while it is scored
 _MIN_CALIBRATION = 1000  # samples that a temperature is fitted on
 _STATM = Path("/proc/self/statm")
 
 
-def must_stream(data: Prepared, memory_limit: float) -> bool:
-    """Whether a fit in memory, about three copies of the features, would exceed the limit."""
+def must_stream(
+    data: Prepared, head: str, settings: Sequence[Setting], memory_limit: float
+) -> bool:
+    """Whether a fit with all features in memory could exceed the limit, in bytes."""
+    return _in_memory_bytes(data, head, settings) > memory_limit
+
+
+def _in_memory_bytes(data: Prepared, head: str, settings: Sequence[Setting]) -> float:
+    """The most that this process could hold in a fit with all features in memory."""
+    protocol = data.protocol
     n_samples, n_features = data.inputs.features.shape
-    return resident_bytes() + 4 * _COPIES * n_samples * n_features > memory_limit
+    counts = np.sort(np.bincount(data.codes[protocol.refit]))
+    size = FitSize(
+        n_samples,
+        len(protocol.refit),
+        sum(len(fold.choose) for fold in protocol.folds),
+        len(protocol.test),
+        n_features,
+        len(data.known) + len(data.unseen),
+        len(protocol.folds),
+        min((len(fold.fit) for fold in protocol.folds), default=len(protocol.refit)),
+        int(counts[-2:].sum()),
+    )
+    tried = settings if protocol.folds else settings[:1]
+    return resident_bytes() + _LIBRARY_BYTES + held_bytes(head, tried, size)
 
 
 def resident_bytes() -> float:
@@ -88,7 +112,8 @@ def fit_streamed(
     """
     usable = [setting for setting in settings if can_stream(head, setting)]
     if not usable:
-        raise UsageError(_cannot(head, settings))
+        needed = _in_memory_bytes(data, head, settings)
+        raise UsageError(_cannot(head, settings, needed, memory_limit))
     fit = _Streamed.of(data, head, scaling, usable, metric, memory_limit)
     trials = fit.choose(on_trial)
     best = max((t for t in trials if not t.failure), key=lambda t: fit.rank(t), default=None)
@@ -113,21 +138,33 @@ def fit_streamed(
     return replace(run, notes=notes + run.notes)
 
 
-def _cannot(head: str, settings: Sequence[Setting]) -> str:
+def _cannot(
+    head: str, settings: Sequence[Setting], needed_bytes: float, memory_limit: float
+) -> str:
     """Why a head is not streamed, and what to do instead."""
-    others = "logreg (L2), ridge, svm (kernel=linear, squared hinge) and prototype"
+    limit = _option(needed_bytes)
+    sizes = (
+        f"this fit takes up to {needed_bytes / 1e9:.2f} GB, and --memory-limit is "
+        f"{memory_limit / 1e9:.2f} GB."
+    )
     if head == "knn":
         return (
-            "A knn head is its training samples, and they exceed --memory-limit.\n"
-            "  Take  --head prototype, a higher limit, or extract fewer images with --limit."
+            f"A knn head is its training samples: {sizes}\n"
+            f"  Take  --head prototype,  {limit},  or extract fewer images with --limit."
         )
     what = f"Head {head!r}"
     if head in STREAMED:
         what += f" with {describe_setting(settings[0])}"
     return (
-        f"{what} needs all features in memory, and they exceed --memory-limit.\n"
-        f"  Heads that are fitted from disk: {others}."
+        f"{what} needs all features in memory: {sizes}\n"
+        f"  Take  {limit},  fewer images (extract --limit), or a head that is fitted from disk: "
+        "logreg (L2), ridge, svm (kernel=linear, squared hinge) or prototype."
     )
+
+
+def _option(needed_bytes: float) -> str:
+    """The option that is enough the next time, when a little more may be held at the start."""
+    return f"--memory-limit {math.ceil((needed_bytes + 2e7) / 1e7) / 100:.2f}GB"
 
 
 @dataclass
@@ -174,7 +211,7 @@ class _Streamed:
             seeded = seeded[:1]
         parts = _parts(data)
         features = data.inputs.features
-        held = resident_bytes() + _SLACK_BYTES
+        held = resident_bytes() + _LIBRARY_BYTES
         n_choose = sum(len(fold.choose) for fold in data.protocol.folds)
         held += n_choose * (_OUTCOME_BYTES * len(seeded) + _SCORE_BYTES)
         room = memory_limit - held
@@ -185,11 +222,12 @@ class _Streamed:
             room - logits_bytes,
         )  # fmt: skip
         if plan.needed_bytes > room - logits_bytes:
-            needed = (held + plan.needed_bytes / (1 - _LOGITS_SHARE)) / 1e9
+            streamed_bytes = held + plan.needed_bytes / (1 - _LOGITS_SHARE)
+            needed = min(streamed_bytes, _in_memory_bytes(data, head, settings))
             raise ResourceError(
                 f"--memory-limit {memory_limit / 1e9:.2f} GB leaves too little room: Python, its "
                 f"libraries and the table of samples take {held / 1e9:.2f} GB.\n"
-                f"  This fit needs about {needed:.2f} GB:  --memory-limit {needed:.1f}GB"
+                f"  This fit needs about {needed / 1e9:.2f} GB:  {_option(needed)}"
             )
         streamed = StreamedFit(head, features, parts, scaling, data.inputs.widths, seeded, plan)
         first = _train_parts(data, parts) if len(data.protocol.folds) != 1 else [0]

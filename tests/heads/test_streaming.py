@@ -1,13 +1,16 @@
 """Heads fitted by passes over stored rows are those that are fitted in memory."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from pipeline.heads import make_head
+from pipeline.heads import HEADS, make_head
 from pipeline.heads.metrics import evaluate
 from pipeline.heads.scaling import fit_scaler
 from pipeline.heads.streaming.fit import MemoryPlan, StreamedFit, can_stream
+from pipeline.heads.streaming.footprint import FitSize, held_bytes
 from pipeline.heads.streaming.moments import Parts, gather
 from pipeline.heads.streaming.outcomes import Outcomes
 from pipeline.heads.streaming.rows import StoredRows
@@ -275,3 +278,49 @@ def test_memory_plan_stays_within_its_room_and_says_what_it_needs(name):
     assert tight.block_rows <= ample.block_rows
     assert tight.n_problems <= ample.n_problems
     assert 8 * tight.block_rows * 2048 < 4e8
+
+
+SIZE = FitSize(
+    n_samples=5000, n_fitted=4000, n_chosen=800, n_test=1000, n_features=64, n_classes=10,
+    n_folds=1, n_fold=3200, n_pair=800,
+)  # fmt: skip
+FEATURES = 4.0 * (5000 + 4000) * 64  # all of them, and those that are fitted on once more, scaled
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_fit_in_memory_takes_more_than_its_features_and_grows_with_them(name):
+    once = held_bytes(name, [{}], SIZE)
+    twice = held_bytes(name, [{}], replace(SIZE, n_samples=10_000, n_fitted=8000, n_chosen=1600))
+
+    assert FEATURES < once < twice
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "least"),
+    [
+        ("ridge", {}, 12.0 * 4000 * 64),  # the rows of the fold and their design in float64
+        ("logreg", {}, 10.0 * 4000 * 64),  # float32, and the design's half in bfloat16
+        ("logreg", {"penalty": "l1"}, 12.0 * 4000 * 64),
+        ("knn", {}, 20.0 * 4000 * 64),  # kept, and their distances to the mean
+        ("mlp", {"hidden": 1024}, 16.0 * 64 * 1024),
+        ("svm", {}, 16.0 * 4000**2),  # distances, their exponentials, and these in float64
+        ("svm", {"max_exact_rows": 1000}, 12.0 * 4000 * 2048),
+        ("svm", {"kernel": "linear", "loss": "hinge"}, 24.0 * 4000 * 64),
+    ],
+)
+def test_arrays_of_a_solver_are_counted(name, setting, least):
+    assert held_bytes(name, [setting], SIZE) >= FEATURES + least
+
+
+def test_settings_that_share_a_kernel_take_one():
+    one, wide = {"C": 1.0}, {"C": 1.0, "gamma": 0.1}
+    kernel = 8.0 * 4000**2
+
+    alone = held_bytes("svm", [one], SIZE)
+
+    assert held_bytes("svm", [one, {"C": 10.0}], SIZE) < alone + 0.5 * kernel
+    assert held_bytes("svm", [one, wide], SIZE) > alone + kernel
+
+
+def test_refused_setting_takes_nothing():
+    assert held_bytes("svm", [{"C": -1.0}], SIZE) < held_bytes("svm", [{"C": 1.0}], SIZE)

@@ -1,6 +1,9 @@
 """Fitting within a memory limit: the same protocol and result, by passes over the store."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +12,31 @@ from pipeline.commands.fit_head import parse_size
 from pipeline.errors import ResourceError, UsageError
 from pipeline.sweep import fit, stream
 from pipeline.sweep.fit import fit_head
+from pipeline.sweep.stream import resident_bytes
 from tests.heads.toy_stores import blobs, cycle, make_store, splits_of
 
 LINEAR = [{"kernel": "linear", "C": C, "tol": 1e-6} for C in (1e-4, 1e-2, 1.0)]
 LIMIT = 1e10
+# The limit is above what the process holds when the fit begins, whatever torch weighs here.
+FIT_WITHIN = """
+import sys
+from pipeline.commands import main
+from pipeline.sweep.fit import fit_head
+from pipeline.sweep.stream import resident_bytes
+
+limit = int(resident_bytes() + float(sys.argv.pop()))
+print(limit, file=sys.stderr)
+sys.argv += ["--memory-limit", str(limit), "--json"]
+main()
+"""
+# A child's peak counts in what its parent held when it was started: that one must be small.
+WATCH = """
+import resource, subprocess, sys
+
+code = subprocess.run(sys.argv[1:]).returncode
+print(1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+sys.exit(code)
+"""
 
 
 @pytest.fixture
@@ -168,6 +192,51 @@ def test_limit_that_leaves_no_room_says_what_is_needed(tmp_path, tiny_memory):
         ResourceError, match=r"0\.10 GB leaves too little room: Python, (.|\n)* needs about"
     ):
         fit_head(made, memory_limit=1e8)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are counted in other units elsewhere")
+@pytest.mark.parametrize(
+    ("words", "shape", "room", "note"),
+    [
+        (["svm", "--param", "kernel=rbf", "--param", "C=1"], (3600, 8), 4.5e8, ""),
+        (["logreg", "--param", "C=0.01"], (4500, 512), 2.8e8, "streamed from disk"),
+    ],
+    ids=["in memory", "streamed"],
+)
+def test_process_stays_within_its_limit(tmp_path, words, shape, room, note):
+    features = {"penultimate": np.random.default_rng(0).normal(size=shape)}
+    labels, splits = cycle("ab", shape[0]), splits_of(shape[0] - 800, 400, 400)
+    made = make_store(tmp_path / "s", features, {"label": labels}, splits)
+    command = ["fit-head", str(made.path), "--out", str(tmp_path / "runs"), "--head", *words]
+
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, sys.executable, "-c", FIT_WITHIN, *command, str(room)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert note in " ".join(json.loads(done.stdout)["notes"])
+    assert ("streamed" in done.stdout) == bool(note)
+    limit, *_, peak = done.stderr.splitlines()
+    assert int(peak) < int(limit)
+
+
+def test_kernel_that_exceeds_the_limit_is_refused(tmp_path):
+    made = store_of(tmp_path / "s", 1500, 500, 90)
+    limit = resident_bytes() + 2.4e8  # 64 MB more are needed for distances and kernel
+    rbf = [{"kernel": "rbf", "C": 1.0}]
+
+    with pytest.raises(UsageError) as caught:
+        fit_head(made, head="svm", settings=rbf, memory_limit=limit)
+
+    assert "Head 'svm' with kernel=rbf, C=1 needs all features in memory: this fit takes up to" in (
+        str(caught.value)
+    )
+    needed = float(str(caught.value).split("Take  --memory-limit ")[1].split("GB")[0]) * 1e9
+    assert limit < needed < limit + 3e8
+    assert fit_head(made, head="svm", settings=rbf, memory_limit=needed).best.top1
 
 
 def test_limit_that_is_not_reached_changes_nothing(tmp_path):
