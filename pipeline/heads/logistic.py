@@ -54,7 +54,7 @@ class LogisticHead(Head):
         penalty: str = "l2",
         l1_ratio: float = 0.5,
         class_weight: Any = None,
-        tol: float = 1e-4,
+        tol: float = 5e-5,
         max_iter: int = 5000,
         device: str = "cpu",
     ) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.heads.base import Array
 from pipeline.heads.solvers.design import Design, make_design
-from pipeline.heads.solvers.losses import Binary, Loss, Softmax
+from pipeline.heads.solvers.losses import HINGE_BEND, Binary, Loss, Softmax
 from pipeline.heads.solvers.path import Lanes, Path, solve_path
 from pipeline.heads.solvers.targets import (
     checked_folds,
@@ -62,7 +62,7 @@ def fit_logistic(
     *,
     sample_weight: Array | None = None,
     start: Solution | None = None,
-    tol: float = 1e-4,
+    tol: float = 5e-5,
     max_iter: int = 100,
     device: str | torch.device = "cpu",
 ) -> Solution:
@@ -132,7 +132,8 @@ def fit_svm(
     signs = signs_of(truth, n_classes, design.values.dtype).to(design.values.device)
     n_outputs = signs.shape[1]
     loss = Binary(signs.repeat(1, n_folds)[:, :, None], hinge=True)
-    lanes = Lanes(loss, _columns(weights, n_outputs, design), n_folds * n_outputs, n_outputs)
+    n_lanes = n_folds * n_outputs
+    lanes = Lanes(loss, _columns(weights, n_outputs, design), n_lanes, n_outputs, jump=HINGE_BEND)
     return _solve(design, lanes, n_folds, C, start, tol, max_iter)
 
 

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+HINGE_BEND = 2.0
+"""Second derivative of the squared hinge below its margin; above it there is none."""
+
 
 class Loss(Protocol):
     """What the solver asks of a loss; ``scores`` is (n_samples, n_problems, n_outputs)."""
@@ -111,7 +114,7 @@ class Binary:
         margin = self.signs * scores
         if self.hinge:
             lack = (1 - margin).clamp_(min=0)
-            return -2 * self.signs * lack, 2 * (lack > 0).to(scores.dtype)
+            return -2 * self.signs * lack, HINGE_BEND * (lack > 0).to(scores.dtype)
         wrong = torch.sigmoid(-margin)
         return -self.signs * wrong, wrong * torch.sigmoid(margin)
 

@@ -6,8 +6,9 @@ products with the one X, and so is a gradient; the line search needs no further 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -91,6 +92,81 @@ def make_anchor(design: Design, curvature: Tensor) -> Anchor:
     return Anchor(center, total, eigenvalues.clamp(min=0).to(rows.dtype), basis.to(rows.dtype))
 
 
+class Inverse(Protocol):
+    """Approximate inverses of the Hessians of some problems at one place."""
+
+    @property
+    def fresh(self) -> Tensor:
+        """(n_problems,), whether what was met of curvature no longer says anything of it."""
+
+    def solve(self, residual: Tensor) -> Tensor:
+        """Times ``residual`` (n_problems, n_outputs, rank + 1)."""
+
+    def select(self, kept: Tensor) -> Inverse:
+        """Those of some of the problems."""
+
+
+class Preconditioner(Protocol):
+    """What brings conjugate gradients near the solution."""
+
+    def select(self, kept: Tensor) -> Preconditioner:
+        """That of some of the problems."""
+
+    def at(self, strength: Tensor, penalty: Tensor) -> Inverse:
+        """Where the problems are now.
+
+        Args:
+            strength: (n_samples, n_problems), curvatures of the samples with their weights.
+            penalty: (n_problems,).
+        """
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """Anchors that problems near each other share.
+
+    Attributes:
+        anchors: all of them.
+        which: (n_problems,), the one that each problem takes.
+    """
+
+    anchors: Sequence[Anchor]
+    which: Tensor
+
+    def select(self, kept: Tensor) -> Anchors:
+        """The same for some of the problems."""
+        return Anchors(self.anchors, self.which[kept])
+
+    def at(self, strength: Tensor, penalty: Tensor) -> _ScaledAnchors:
+        """With each problem's own penalty, and its curvature as a part of the anchor's."""
+        totals = torch.stack([anchor.total for anchor in self.anchors])
+        scales = strength.sum(dim=0) / totals[self.which]
+        tiny = torch.finfo(strength.dtype).tiny
+        return _ScaledAnchors(self, penalty.to(strength.dtype), scales.clamp(min=tiny))
+
+
+@dataclass(frozen=True)
+class _ScaledAnchors:
+    shared: Anchors
+    penalty: Tensor
+    scales: Tensor
+
+    @property
+    def fresh(self) -> Tensor:
+        return torch.zeros_like(self.shared.which, dtype=torch.bool)
+
+    def solve(self, residual: Tensor) -> Tensor:
+        solved = torch.empty_like(residual)
+        for i in sorted(set(self.shared.which.tolist())):
+            mine = (self.shared.which == i).nonzero()[:, 0]
+            anchor = self.shared.anchors[i]
+            solved[mine] = anchor.solve(residual[mine], self.penalty[mine], self.scales[mine])
+        return solved
+
+    def select(self, kept: Tensor) -> _ScaledAnchors:
+        return _ScaledAnchors(self.shared.select(kept), self.penalty[kept], self.scales[kept])
+
+
 @dataclass(frozen=True)
 class Problems:
     """Minimise Σ w_i loss_i(x_i · params) + ½ penalty ‖coefficients‖², n_problems times.
@@ -99,21 +175,19 @@ class Problems:
         loss: of the scores.
         penalty: (n_problems,), above 0; the intercept has none.
         weights: (n_samples, n_problems), or None for ones.
-        anchors: preconditioners.
-        anchor: (n_problems,), which of them each problem takes.
+        preconditioner: of their Hessians.
     """
 
     loss: Loss
     penalty: Tensor
     weights: Tensor | None
-    anchors: Sequence[Anchor]
-    anchor: Tensor
+    preconditioner: Preconditioner
 
     def select(self, kept: Tensor) -> Problems:
         """Some of them; ``kept`` holds indices."""
         weights = None if self.weights is None else self.weights[:, kept]
         return Problems(
-            self.loss.select(kept), self.penalty[kept], weights, self.anchors, self.anchor[kept]
+            self.loss.select(kept), self.penalty[kept], weights, self.preconditioner.select(kept)
         )
 
     def weighted(self, of_samples: Tensor) -> Tensor:
@@ -129,15 +203,6 @@ class Problems:
         losses = self.weighted(self.loss.value(scores)).sum(dim=0, dtype=torch.float64)
         squares = params[..., :-1].square().sum(dim=(1, 2), dtype=torch.float64)
         return losses + 0.5 * self.penalty * squares
-
-    def precondition(self, residual: Tensor, scales: Tensor) -> Tensor:
-        """Each problem's residual through its anchor."""
-        solved = torch.empty_like(residual)
-        penalty = self.penalty.to(residual.dtype)
-        for i in sorted(set(self.anchor.tolist())):
-            mine = (self.anchor == i).nonzero()[:, 0]
-            solved[mine] = self.anchors[i].solve(residual[mine], penalty[mine], scales[mine])
-        return solved
 
     def add_penalty(self, product: Tensor, params: Tensor) -> Tensor:
         """``product`` plus penalty times the coefficients, in place."""
@@ -168,6 +233,26 @@ class Found:
     converged: Tensor
     softest: Tensor
     n_products: float = 0.0
+
+    @classmethod
+    def of(
+        cls, parts: Sequence[Found], params: Tensor, change: Callable[[list[Tensor]], Tensor]
+    ) -> Found:
+        """What was found of the problems of ``params``.
+
+        Args:
+            parts: what was found of others.
+            params: (n_problems, n_outputs, rank + 1).
+            change: makes (n_problems,) of those of the parts.
+        """
+        return cls(
+            params,
+            change([part.objective for part in parts]),
+            change([part.gap for part in parts]),
+            change([part.n_iter for part in parts]),
+            change([part.converged for part in parts]),
+            change([part.softest for part in parts]),
+        )
 
 
 def scores_of(values: Tensor, params: Tensor) -> Tensor:
@@ -296,9 +381,13 @@ class _State:
         slow = (foreseen > 0.5 * self.last_gap) & (self.last_gap < 1e-3)
         self.precise = self.precise or bool(slow.any())
         self.last_gap = foreseen
+        before = self.objective.clone()
         length = self._search(direction, decrement)
         self.params += length.to(direction.dtype)[:, None, None] * direction
-        return _Step(gap, gap <= tol, length == 0, length > 0, n_products)
+        # A loss that bends in steps can fall by more than its curvature foretells.
+        fell = (before - self.objective) / floor
+        arrived = (gap <= tol) & (fell <= 2 * tol) & ((length == 1) | (length == 0))
+        return _Step(gap, arrived, length == 0, length > 0, n_products)
 
     def _direction(
         self, gradient: Tensor, bend: Tensor, tol: float
@@ -317,16 +406,15 @@ class _State:
         """
         n_products = 0
         problems = self.problems
-        strength = problems.weighted(problems.loss.strength(bend)).sum(dim=0)
-        totals = torch.stack([anchor.total for anchor in problems.anchors])
-        tiny = torch.finfo(strength.dtype).tiny
-        scales = (strength / totals[problems.anchor]).clamp(min=tiny)
+        strength = problems.weighted(problems.loss.strength(bend))
+        inverse = problems.preconditioner.at(strength, problems.penalty)
+        self.softest[inverse.fresh] = 1
         values = self.design.values if self.precise else self.design.half()
         solution = torch.zeros_like(gradient)
         decrement, rest = torch.zeros_like(self.objective), torch.zeros_like(self.objective)
         left = torch.arange(len(gradient), device=gradient.device)
         residual = -gradient
-        solved = problems.precondition(residual, scales)
+        solved = inverse.solve(residual)
         search = solved.clone()
         norm = _dot(residual, solved)
         share, within = torch.ones_like(norm), 2 * tol * self.objective
@@ -339,7 +427,8 @@ class _State:
             if not len(going):
                 break
             if len(going) < len(left):
-                left, norm, goal, scales = left[going], norm[going], goal[going], scales[going]
+                left, norm, goal = left[going], norm[going], goal[going]
+                inverse = inverse.select(going)
                 residual, search, bend = residual[going], search[going], bend[:, going]
                 share, within = share[going], within[going]
                 problems = problems.select(going)
@@ -356,7 +445,7 @@ class _State:
             solution[left] += length * search
             decrement[left] += ratio * norm
             residual = residual - length * product
-            solved = problems.precondition(residual, scales)
+            solved = inverse.solve(residual)
             last, norm = norm, _dot(residual, solved)
             growth = norm / last
             share = share / (share + growth)

@@ -7,17 +7,19 @@ rest starts between its neighbours, at the cubic through them, and needs a Newto
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from pipeline.heads.solvers.active import ActiveSets
 from pipeline.heads.solvers.design import Design
 from pipeline.heads.solvers.losses import Loss
 from pipeline.heads.solvers.newton import (
     Anchor,
+    Anchors,
     Found,
     Problems,
     make_anchor,
@@ -32,6 +34,7 @@ _MANY_PRODUCTS = 8
 _INHERITED = 0.6
 _EIGH = 15  # cubes of the width that an eigendecomposition costs
 _BATCH_BYTES = {"cpu": 2**25, "cuda": 2**31}
+_FACTOR_BYTES = {"cpu": 2**30, "cuda": 2**33}
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,20 @@ class Lanes:
         weights: (n_samples, n_lanes), or None for ones.
         n_lanes: folds times targets, fold by fold.
         n_targets: lanes of a fold; each target has preconditioners of its own.
+        jump: the curvature of a sample where it is not 0, for a loss that bends in steps; None for
+            a smooth one.
     """
 
     loss: Loss
     weights: Tensor | None
     n_lanes: int
     n_targets: int = 1
+    jump: float | None = None
+
+    def select(self, lanes: Tensor) -> Lanes:
+        """Some of them, each a target of its own."""
+        weights = None if self.weights is None else self.weights[:, lanes]
+        return Lanes(self.loss.select(lanes), weights, len(lanes), len(lanes), self.jump)
 
     def centre(self) -> Lanes:
         """One fold instead of all, with their mean weights: near each of them."""
@@ -56,7 +67,8 @@ class Lanes:
         weights = self.weights
         if weights is not None:
             weights = weights.reshape(len(weights), -1, n_targets).mean(dim=1)
-        return Lanes(self.loss.select(torch.arange(n_targets)), weights, n_targets, n_targets)
+        lanes = torch.arange(n_targets)
+        return Lanes(self.loss.select(lanes), weights, n_targets, n_targets, self.jump)
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,11 @@ class Path:
     found: Found
     anchors: list[Anchor]
     anchor_at: list[float]
+
+    def of_lanes(self, lanes: Tensor) -> Path:
+        """A start for some lanes of all folds, each a target of its own."""
+        targets = lanes % self.params.shape[1]
+        return _regrouped([self], self.params[:, targets], lambda values: values[0][:, targets])
 
 
 def solve_path(
@@ -98,10 +115,34 @@ def solve_path(
         tol: see :func:`~pipeline.heads.solvers.newton.solve`.
         max_iter: Newton steps of a problem at most.
     """
-    solver = _PathSolver(design, lanes, penalties, start, tol, max_iter)
-    solver.coarse()
-    solver.fine()
-    return Path(penalties, solver.params, solver.found, solver.anchors, solver.anchor_at)
+    if lanes.jump is None:
+        return _PathSolver(design, lanes, penalties, start, tol, max_iter).run()
+    # Each lane has a Hessian of its own: as many advance together as there is room for.
+    values = design.values
+    factor_bytes = 2 * values.element_size() * values.shape[1] ** 2
+    room = _FACTOR_BYTES.get(values.device.type, 2**30) // factor_bytes
+    parts = torch.split(torch.arange(lanes.n_lanes, device=values.device), max(1, room))
+    paths = [
+        _PathSolver(
+            design, lanes.select(part), penalties, start and start.of_lanes(part), tol, max_iter
+        ).run()
+        for part in parts
+    ]
+    params = torch.cat([path.params for path in paths], dim=1)
+    return _regrouped(paths, params, lambda values: torch.cat(values, dim=1))
+
+
+def _regrouped(
+    paths: Sequence[Path], params: Tensor, change: Callable[[list[Tensor]], Tensor]
+) -> Path:
+    """The path of other lanes; ``change`` makes (n_penalties, n_lanes) of those of ``paths``."""
+    n_points = len(params)
+
+    def of_problems(values: list[Tensor]) -> Tensor:
+        return change([value.reshape(n_points, -1) for value in values]).reshape(-1)
+
+    found = Found.of([path.found for path in paths], params.flatten(0, 1), of_problems)
+    return Path(paths[0].penalties, params, found, [], [])
 
 
 class _PathSolver:
@@ -135,7 +176,17 @@ class _PathSolver:
             self.found.softest.copy_(softest.expand(-1, n_folds, -1).reshape(-1))
         self.anchors = [] if start is None else start.anchors
         self.anchor_at = [] if start is None else start.anchor_at
-        self.stride = _stride(self.at)
+        self.active: ActiveSets | None = None
+        if lanes.jump is not None:
+            self.active = ActiveSets.of(design.values, lanes.n_lanes, lanes.jump)
+        # Active sets are followed from one penalty to the next, so that few samples change sides.
+        self.stride = _stride(self.at) if self.active is None else 1
+
+    def run(self) -> Path:
+        """Solve all."""
+        self.coarse()
+        self.fine()
+        return Path(self.penalties, self.params, self.found, self.anchors, self.anchor_at)
 
     def coarse(self) -> None:
         """Solve every stride-th penalty, the strongest first."""
@@ -150,18 +201,22 @@ class _PathSolver:
         n_targets = self.lanes.n_targets
         self.anchors, self.anchor_at = [plain_anchor(self.design)] * n_targets, [self.at[0]]
         for i in points:
-            n_products = self.solve_points([i], [self.ahead(solved, i)], tol=max(self.tol, _ROUGH))
-            if n_products > self.many_products():
-                fresh = self.anchors_of(i)
-                # Strong penalties make do with the design's own axes.
-                self.anchors, self.anchor_at = (
-                    [*self.anchors, *fresh],
-                    [*self.anchor_at, self.at[i]],
-                )
-                # These leave less soft than the last anchor did, and how much is yet to be met.
-                self.found.softest.reshape(len(self.at), -1)[i] **= _INHERITED
-            self.solve_points([i], [self.params[i]])
+            start = self.ahead(solved, i)
+            if self.active is None:
+                start = self.with_anchors_near(i, start)
+            self.solve_points([i], [start])
             solved.append(i)
+
+    def with_anchors_near(self, i: int, start: Tensor) -> Tensor:
+        """Solve a penalty roughly, and make its anchors if those at hand take long."""
+        n_products = self.solve_points([i], [start], tol=max(self.tol, _ROUGH))
+        if n_products > self.many_products():
+            # Strong penalties make do with the design's own axes.
+            self.anchors = [*self.anchors, *self.anchors_of(i)]
+            self.anchor_at = [*self.anchor_at, self.at[i]]
+            # These leave less soft than the last anchor did, and how much is yet to be met.
+            self.found.softest.reshape(len(self.at), -1)[i] **= _INHERITED
+        return self.params[i]
 
     def many_products(self) -> float:
         """Products with the Hessian in a step that a new anchor is worth."""
@@ -226,20 +281,25 @@ class _PathSolver:
         """The problems of some penalties, lane by lane within each."""
         n_lanes, device = self.lanes.n_lanes, self.params.device
         lane = torch.arange(n_lanes, device=device).repeat(len(points))
+        weights = self.lanes.weights
+        return Problems(
+            self.lanes.loss.select(lane),
+            self.penalties[list(points)].repeat_interleave(n_lanes),
+            None if weights is None else weights[:, lane],
+            self.anchors_near(points) if self.active is None else self.active.select(lane),
+        )
+
+    def anchors_near(self, points: Sequence[int]) -> Anchors:
+        """For each lane of some penalties the anchor that was made nearest."""
+        n_lanes, device = self.lanes.n_lanes, self.params.device
+        lane = torch.arange(n_lanes, device=device).repeat(len(points))
         nearest = [
             min(range(len(self.anchor_at)), key=lambda a: abs(self.anchor_at[a] - self.at[i]))
             for i in points
         ]
         place = torch.tensor(nearest, device=device).repeat_interleave(n_lanes)
         n_targets = self.lanes.n_targets
-        weights = self.lanes.weights
-        return Problems(
-            self.lanes.loss.select(lane),
-            self.penalties[list(points)].repeat_interleave(n_lanes),
-            None if weights is None else weights[:, lane],
-            self.anchors,
-            place * n_targets + lane % n_targets,
-        )
+        return Anchors(self.anchors, place * n_targets + lane % n_targets)
 
     def solve_points(
         self, points: Sequence[int], starts: Sequence[Tensor], tol: float | None = None
