@@ -336,7 +336,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=2, help="turns of our side")
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--quick", action="store_true", help="try it: 3,000 × 320, few values")
+    parser.add_argument("--gpu", action="store_true", help="1,280,000 × 2,048, 1,000 classes")
+    parser.add_argument("--device", default="cuda", help="of --gpu; cpu tries it with little")
     options = parser.parse_args()
+    if options.gpu:
+        whole = options.device != "cpu"
+        options.rows, options.columns, options.classes = (
+            (1_280_000, 2_048, 1_000) if whole else (4_000, 64, 10)
+        )
+        return options
     if options.quick:
         options.rows, options.columns, options.repeats = 3_000, 320, 1
     if unknown := set(options.only.split(",")) - set(PARTS):
@@ -346,6 +354,11 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    if options.gpu:
+        import heads_gpu
+
+        heads_gpu.run(options)
+        return
     print_header("Heads beside scikit-learn: ratios are theirs / ours, median (least–most)")
     bench = Bench(options)
     print(f"  features: {bench.X.shape[0]:,} × {bench.X.shape[1]:,}, {bench.y.max() + 1} classes\n")
