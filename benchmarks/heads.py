@@ -355,9 +355,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     if options.gpu:
-        import heads_gpu
+        import _heads_gpu
 
-        heads_gpu.run(options)
+        _heads_gpu.run(options)
         return
     print_header("Heads beside scikit-learn: ratios are theirs / ours, median (least–most)")
     bench = Bench(options)
