@@ -106,11 +106,15 @@ def main() -> None:
             sys.stdout.flush()
     except click.exceptions.Exit as end:
         code = end.exit_code
+    except SystemExit as end:
+        code = end.code
     except TlpipeError as error:
         click.echo(f"Error: {error}", err=True)
         code = error.exit_code
     except click.ClickException as error:
-        error.show()
+        # Of several processes that torchrun started, one says what all find wrong.
+        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0":
+            error.show()
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("Interrupted.", err=True)
@@ -128,4 +132,10 @@ def main() -> None:
         click.echo(f"Error: {where}: {error.strerror}.", err=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = ResourceError.exit_code
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Threads by which processes talked can outlive their group, and would end an ordinary exit
+        # with an abort.
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

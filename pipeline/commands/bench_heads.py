@@ -9,7 +9,12 @@ import click
 
 from pipeline.commands.console import Console, output_options
 from pipeline.commands.sweep import run_plan
-from pipeline.commands.sweep_options import data_options, plan_options, stores_argument
+from pipeline.commands.sweep_options import (
+    data_options,
+    label_option,
+    plan_options,
+    stores_argument,
+)
 from pipeline.errors import EXIT_DONE
 from pipeline.heads import HEADS
 
@@ -30,6 +35,7 @@ from pipeline.heads import HEADS
     help="Settings of each head: default, or quick for a few.",
 )
 @plan_options
+@label_option
 @data_options
 @output_options
 def command(stores: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) -> int:

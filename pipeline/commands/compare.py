@@ -19,7 +19,7 @@ from pipeline.commands.console import (
     output_options,
     printable,
 )
-from pipeline.commands.sweep_options import parse_seconds, split_commas
+from pipeline.commands.sweep_options import label_option, parse_seconds, split_commas
 from pipeline.errors import EXIT_DONE, UsageError
 
 _PAGE = "report.html"
@@ -62,7 +62,7 @@ _PAGE = "report.html"
     show_default=True,
     help="Also fit the best head with 1, 2, 5, 10 … samples a class.",
 )
-@click.option("--label", help="Label column to learn, where the data has several.")
+@label_option
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many samples of each split.")
 @click.option("--root", type=click.Path(path_type=Path), help="Where a manifest's paths start.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of it all.")
@@ -79,7 +79,8 @@ def command(targets: tuple[str, ...], as_json: bool, quiet: bool, **options: Any
 
     With DATA: embed it, sweep every head, fine-tune every policy, all on the same splits and seed,
     and print one table with paired significance, costs, and a verdict in words. With RUNs: the same
-    table of runs that exist.
+    table of runs that exist; one that learned several label columns has a line for each, paired
+    with the lines of that column only.
 
     \b
     Examples:

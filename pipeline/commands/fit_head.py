@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +17,9 @@ from pipeline.commands.console import (
 )
 from pipeline.commands.sweep_options import (
     data_options,
+    labels_option,
+    memory_option,
+    parse_size,
     split_commas,
     stores_argument,
     tell_trial,
@@ -25,7 +27,11 @@ from pipeline.commands.sweep_options import (
 from pipeline.errors import EXIT_DONE, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pipeline.heads.metrics import Score
     from pipeline.sweep.fit import HeadRun
+    from pipeline.sweep.multitask import MultiTaskRun
 
 _METRICS = {
     "top1": "top-1 [95 %]",
@@ -60,10 +66,13 @@ _METRICS = {
     "--scaling",
     help="standardise, l2 or none.  [default: what suits the head]",
 )
+@memory_option
+@labels_option
 @click.option(
-    "--memory-limit",
-    metavar="SIZE",
-    help="Of the whole process, such as 2GB: features that do not fit are read block by block.",
+    "--task-weights",
+    default="equal",
+    show_default=True,
+    help="Of the losses of several label columns: equal, or uncertainty, which learns them.",
 )
 @data_options
 @output_options
@@ -74,7 +83,8 @@ def command(
     layers: str | None,
     scaling: str | None,
     memory_limit: str | None,
-    label: str | None,
+    labels: tuple[str, ...],
+    task_weights: str,
     groups: str | None,
     metric: str,
     seed: int,
@@ -88,6 +98,10 @@ def command(
     of train; the best is fitted on both, and the test split is scored once. Several stores of the
     same images are joined, their features side by side.
 
+    Several --label columns are learned at once by --head mlp, with hidden layers that they share; a
+    sample without a label in one of them counts in the others, and the mean over the columns
+    chooses.
+
     \b
     Examples:
       tlpipe fit-head cache/photos/resnet50-1f3a9c02
@@ -95,28 +109,38 @@ def command(
       tlpipe fit-head cache/photos/resnet50-1f3a9c02 --head mlp --param hidden=512x256
       tlpipe fit-head cache/photos/resnet50-1f3a9c02 cache/photos/vit_base-77e0b1aa
       tlpipe fit-head cache/photos/resnet50-1f3a9c02 --memory-limit 2GB
+      tlpipe fit-head cache/photos/resnet50-1f3a9c02 --head mlp --label species --label age
     """
     console = Console(as_json=as_json, quiet=quiet)
     from pipeline.sweep.fit import fit_head
+    from pipeline.sweep.multitask import fit_multitask
     from pipeline.sweep.space import check_settings, grid_of, params_of, parse_param
 
     values = params_of([head], [parse_param(text) for text in params])[head]
     settings = grid_of(head, "quick", values)
     if values:
         check_settings(head, settings)
-    run = fit_head(
-        stores,
-        head=head,
-        layers=split_commas(layers) or None,
-        label=label,
-        groups=groups,
-        scaling=scaling,
-        settings=settings,
-        metric=metric,
-        seed=seed,
-        memory_limit=parse_size(memory_limit),
-        on_trial=lambda trial: tell_trial(console, trial, metric),
-    )
+    options: dict[str, Any] = {
+        "head": head,
+        "layers": split_commas(layers) or None,
+        "groups": groups,
+        "scaling": scaling,
+        "settings": settings,
+        "metric": metric,
+        "seed": seed,
+        "memory_limit": parse_size(memory_limit),
+        "on_trial": lambda trial: tell_trial(console, trial, metric),
+    }
+    run: HeadRun | MultiTaskRun
+    if len(labels) > 1:
+        run = fit_multitask(stores, labels, task_weights=task_weights, **options)
+    elif task_weights != "equal":
+        raise UsageError(
+            f"--task-weights {task_weights} weighs several label columns, but one is learned.\n"
+            "  Give --label once for each of them, or leave the option out."
+        )
+    else:
+        run = fit_head(stores, label=next(iter(labels), None), **options)
     path = run.save(out, command=shlex.join(["tlpipe", *sys.argv[1:]]))
     console.document({"path": str(path)} | run.to_dict())
     _print_run(console, run)
@@ -126,17 +150,18 @@ def command(
     return EXIT_DONE
 
 
-def _print_run(console: Console, run: HeadRun) -> None:
+def _print_run(console: Console, run: HeadRun | MultiTaskRun) -> None:
     from pipeline.heads import describe_setting
 
     for note in run.notes:
         console.note(printable(note))
-    shown = [name for name in _METRICS if any(name in scores for scores in run.scores.values())]
+    lines = list(_lines(run))
+    shown = [name for name in _METRICS if any(name in scores for *_, scores in lines)]
     rows = []
-    for split, scores in run.scores.items():
-        cells = [f"{scores[name].value:.3f}" for name in shown]
+    for words, scores in lines:
+        cells = [f"{scores[name].value:.3f}" if name in scores else "–" for name in shown]
         cells[0] = str(scores["top1"])
-        rows.append([_split_words(run, split), *cells])
+        rows.append([printable(words), *cells])
     if rows:
         console.table(["scored on", *(_METRICS[name] for name in shown)], rows)
     n_failed = sum(bool(trial.failure) for trial in run.trials)
@@ -145,27 +170,18 @@ def _print_run(console: Console, run: HeadRun) -> None:
         f"{len(run.trials)}" + (f" ({n_failed} failed)" if n_failed else "")
     )
     console.result(
-        f"{sum(run.n_samples.values()):,} samples, {len(run.classes)} classes, "
+        f"{sum(run.n_samples.values()):,} samples, {len(run.model.classes)} classes, "
         f"{run.model.head.n_features_in_:,} features, {format_seconds(run.seconds['total'])}"
     )
 
 
-def parse_size(text: str | None) -> float | None:
-    """``"2GB"`` -> 2e9 bytes.
+def _lines(run: HeadRun | MultiTaskRun) -> Iterator[tuple[str, dict[str, Score]]]:
+    """What was scored, in words, with its scores; of several labels, a line each."""
+    from pipeline.sweep.head_run import HeadRun
 
-    Raises:
-        UsageError: it is no size.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMG]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise UsageError(f"--memory-limit {text!r}: expected a size such as 800MB or 2GB.")
-    power = " KMG".index(match[2].upper() or " ")
-    return float(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
-def _split_words(run: HeadRun, split: str) -> str:
-    if split == "test":
-        return f"test ({run.n_samples['test']:,})"
-    return "validation (chose the setting)"
+    parts = [("", run)] if isinstance(run, HeadRun) else [(t.task.label, t) for t in run.tasks]
+    for label, part in parts:
+        for split, scores in part.scores.items():
+            n_test = f"test ({part.n_samples.get('test', 0):,})"
+            words = n_test if split == "test" else "validation (chose the setting)"
+            yield f"{label}, {words}" if label else words, scores

@@ -239,18 +239,46 @@ def _inspect_run(console: Console, path: Path) -> None:
     console.result(str(path))
     for name, value in facts:
         console.result(f"  {name:<12} {printable(value)}")
-    metrics = run["metrics"]
-    console.table(
-        ["metric", *metrics],
-        [
-            [name, *(_score(scores[name]) for scores in metrics.values())]
-            for name in next(iter(metrics.values()), {})
-        ],
-    )
+    if "tasks" in run:
+        _print_tasks(console, run["tasks"])
+    else:
+        metrics = run["metrics"]
+        console.table(
+            ["metric", *metrics],
+            [
+                [name, *(_score(scores[name]) for scores in metrics.values())]
+                for name in next(iter(metrics.values()), {})
+            ],
+        )
     if run.get("kind") == "sweep":
         _print_heads(console, run)
     for note in run["notes"]:
         console.result(printable(note))
+
+
+def _print_tasks(console: Console, tasks: Sequence[dict[str, Any]]) -> None:
+    """A line of scores for each label column."""
+    scored = [task["metrics"].get(task["scored_on"], {}) for task in tasks]
+    names = list(dict.fromkeys(name for scores in scored for name in scores))
+    rows = [
+        [
+            printable(task["label"]),
+            task["scored_on"] or "nothing",
+            *(_score(scores[name]) if name in scores else "–" for name in names),
+        ]
+        for task, scores in zip(tasks, scored, strict=True)
+    ]
+    console.table(["label", "scored on", *names], rows)
+
+
+def _labels(run: dict[str, Any]) -> str:
+    """The label columns, with how many classes each has, and of several the weight of its loss."""
+    tasks = run.get("tasks", [run])
+    words = [f"{task['label']}, {len(task['classes'])} classes" for task in tasks]
+    if "tasks" in run:
+        weights = run["task_weights"]
+        words = [f"{text}, weight {w:.2f}" for text, w in zip(words, weights, strict=True)]
+    return "; ".join(words)
 
 
 def _network_facts(run: dict[str, Any]) -> list[tuple[str, str]]:
@@ -264,7 +292,7 @@ def _network_facts(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("epochs", f"{run['epochs']}, of which {run['best_epoch']} made what was kept"),
         ("lr", f"{run['lr']:g}" + (f", found in {trials} trials" if trials else "")),
         ("chosen by", run["chosen_by"]),
-        ("label", f"{run['label']}, {len(run['classes'])} classes"),
+        ("label", _labels(run)),
         ("samples", f"{_split_counts(run)} ({run['split_origin']})"),
         ("seconds", seconds),
         ("command", run.get("command", "")),
@@ -283,7 +311,7 @@ def _head_facts(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("scaling", run["scaling"]),
         ("features", ", ".join(run["stores"])),
         ("layers", ", ".join(name for layers in run["layers"] for name in layers)),
-        ("label", f"{run['label']}, {len(run['classes'])} classes"),
+        ("label", _labels(run)),
         ("samples", f"{_split_counts(run)} ({run['split_origin']})"),
         ("converged", "yes" if run["converged"] else "no"),
         ("seconds", str(run["seconds"]["total"])),

@@ -109,5 +109,11 @@ def _runs(runs_dir: Path, console: Console) -> Iterator[dict[str, Any]]:
             "path": str(path.parent),
             "head": run["head"],
             "split": split,
-            "top1": f"{top1['value']:.3f} [{top1['low']:.3f}, {top1['high']:.3f}]" if top1 else "",
+            "top1": _score(top1, len(run.get("tasks", []))) if top1 else "",
         }
+
+
+def _score(score: dict[str, float], n_tasks: int) -> str:
+    if n_tasks:
+        return f"{score['value']:.3f} (mean of {n_tasks} labels)"
+    return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"

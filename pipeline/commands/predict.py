@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.finetune.bundle import NetworkBundle
+    from pipeline.heads.tasks import Task
     from pipeline.runs.bundle import Bundle
 
 
@@ -57,8 +58,8 @@ def command(
 
     For a head, the backbone is loaded as it was when the features were extracted, and refused if
     its weights or its preprocessing are no longer the same; a fine-tuned network brings its own.
-    Images that cannot be read are listed on stderr
-    and make the exit code 3.
+    A run that learned several label columns gives one line an image and column. Images that cannot
+    be read are listed on stderr and make the exit code 3.
 
     \b
     Examples:
@@ -95,25 +96,39 @@ def command(
             + "\n".join(f"  {printable(file)}: {why}" for file, why in list(failures.items())[:5])
         )
     if as_json:
-        console.document({"predictions": [vars(one) for one in predictions], "failures": failures})
+        console.document(
+            {"predictions": [one.to_dict() for one in predictions], "failures": failures}
+        )
     else:
-        _print(console, predictions, output_format, n_top)
+        _print(console, predictions, output_format)
     return EXIT_SKIPPED if failures else EXIT_DONE
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of one image.
+    """The likeliest classes of one image in one label column.
 
     Attributes:
         image: the file.
         classes: likeliest first.
         probabilities: of those classes.
+        task: the label column, of a run that learned several; "" of one that learned one.
     """
 
     image: str
     classes: list[str]
     probabilities: list[float]
+    task: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        task = {"task": self.task} if self.task else {}
+        return {
+            "image": self.image,
+            **task,
+            "classes": self.classes,
+            "probabilities": self.probabilities,
+        }
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
@@ -157,7 +172,8 @@ def classify(
         on_progress: is told how many more images are done.
 
     Returns:
-        One prediction for each image that can be read, in order; and why others cannot, by file.
+        One prediction for each image that can be read and each label column, in order; and why
+        others cannot, by file.
     """
     import numpy as np
 
@@ -181,7 +197,7 @@ def classify(
         for block, one in zip(bundle.inputs, embedded, strict=True)
     ]
     images = [to_id(files[i]) for i in usable]
-    return _likeliest(images, bundle.classes, bundle.predict_proba(features), n_top), failed
+    return _likeliest(images, bundle.tasks, bundle.predict_proba(features), n_top), failed
 
 
 def classify_with_network(
@@ -197,41 +213,48 @@ def classify_with_network(
 
     rows, usable, failures = bundle.classify(files, device=device, on_progress=on_progress)
     failed = {to_id(files[i]): why for i, why in failures.items()}
-    return _likeliest([to_id(files[i]) for i in usable], bundle.classes, rows, n_top), failed
+    return _likeliest([to_id(files[i]) for i in usable], bundle.tasks, rows, n_top), failed
 
 
 def _likeliest(
-    images: Sequence[str], classes: Sequence[str], rows: NDArray[np.float64], n_top: int
+    images: Sequence[str], tasks: Sequence[Task], rows: NDArray[np.float64], n_top: int
 ) -> list[Prediction]:
-    """The likeliest classes of each image, from its probabilities."""
+    """The likeliest classes of each image, from its probabilities of all tasks side by side."""
     import numpy as np
 
+    from pipeline.heads.tasks import task_slices
+
+    parts = task_slices([len(task.classes) for task in tasks])
     predictions = []
     for image, row in zip(images, rows, strict=True):
-        best = np.argsort(-row, kind="stable")[:n_top]
-        likely = [round(float(row[k]), 6) for k in best]
-        predictions.append(Prediction(image, [classes[k] for k in best], likely))
+        for task, part in zip(tasks, parts, strict=True):
+            best = np.argsort(-row[part], kind="stable")[:n_top]
+            likely = [round(float(row[part][k]), 6) for k in best]
+            label = task.label if len(tasks) > 1 else ""
+            predictions.append(Prediction(image, [task.classes[k] for k in best], likely, label))
     return predictions
 
 
-def _print(console: Console, predictions: list[Prediction], output_format: str, n_top: int) -> None:
-    columns = ["image"]
-    for rank in range(min(n_top, len(predictions[0].classes))):
+def _print(console: Console, predictions: list[Prediction], output_format: str) -> None:
+    columns = ["image", "task"] if predictions[0].task else ["image"]
+    for rank in range(max(len(one.classes) for one in predictions)):
         mark = "" if rank == 0 else f"_{rank + 1}"
         columns += [f"class{mark}", f"probability{mark}"]
     if output_format == "jsonl":
         for one in predictions:
-            console.result(json.dumps(vars(one), ensure_ascii=False))
+            console.result(json.dumps(one.to_dict(), ensure_ascii=False))
     elif output_format == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows(_cells(one) for one in predictions)
+        writer.writerows(_cells(one, len(columns)) for one in predictions)
     else:
-        console.table(columns, [[printable(cell) for cell in _cells(one)] for one in predictions])
+        rows = [_cells(one, len(columns)) for one in predictions]
+        console.table(columns, [[printable(cell) for cell in row] for row in rows])
 
 
-def _cells(one: Prediction) -> list[str]:
-    cells = [one.image]
+def _cells(one: Prediction, n_columns: int) -> list[str]:
+    """A line of a table; blank where a task has fewer classes than others."""
+    cells = [one.image, one.task] if one.task else [one.image]
     for name, probability in zip(one.classes, one.probabilities, strict=True):
         cells += [name, f"{probability:.4f}"]
-    return cells
+    return cells + [""] * (n_columns - len(cells))

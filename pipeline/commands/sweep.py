@@ -12,7 +12,9 @@ import click
 from pipeline.commands.console import Console, format_seconds, output_options, printable
 from pipeline.commands.sweep_options import (
     data_options,
+    label_option,
     parse_seconds,
+    parse_size,
     plan_options,
     split_commas,
     stores_argument,
@@ -45,6 +47,7 @@ _ON_THE_PAGE = ("macro-F1", "NLL", "ECE", "settings", "predict 1,000")
     help="default, quick, clip (96 values of C) or byol (45).",
 )
 @plan_options
+@label_option
 @data_options
 @output_options
 def command(stores: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) -> int:
@@ -80,6 +83,7 @@ def run_plan(
     time_budget: str | None,
     repeats: int,
     resume: bool,
+    memory_limit: str | None,
     label: str | None,
     groups: str | None,
     metric: str,
@@ -103,6 +107,7 @@ def run_plan(
         metric=metric,
         repeats=repeats,
         seed=seed,
+        memory_limit=parse_size(memory_limit),
     )
 
     def told(head: HeadRun) -> None:

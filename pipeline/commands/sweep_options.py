@@ -22,8 +22,45 @@ stores_argument = click.argument(
 )
 
 
+def _one_label(context: click.Context, _: click.Parameter, names: tuple[str, ...]) -> str | None:
+    """The label column of a command that learns one.
+
+    Raises:
+        UsageError: several were given.
+    """
+    if len(names) > 1:
+        options = " ".join(f"--label {name}" for name in names)
+        raise UsageError(
+            f"{context.info_name} learns one label column, not several ({', '.join(names)}).\n"
+            f"  Learn them together:  tlpipe fit-head --head mlp {options}\n"
+            f"  Or run this once a label:  --label {names[0]}"
+        )
+    return names[0] if names else None
+
+
+label_option = click.option(
+    "--label",
+    multiple=True,
+    callback=_one_label,
+    help="Label column to learn, where the data has several.",
+)
+
+labels_option = click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    help="Label column to learn, where the data has several; given several times, all at once.",
+)
+
+memory_option = click.option(
+    "--memory-limit",
+    metavar="SIZE",
+    help="Of the whole process, such as 2GB: features that do not fit are read block by block.",
+)
+
+
 def data_options(function: F) -> F:
-    """Add ``--label``, ``--group-column``, ``--select``, ``--seed`` and ``--out``."""
+    """Add ``--group-column``, ``--select``, ``--seed`` and ``--out``."""
     for option in (
         click.option(
             "--out",
@@ -49,7 +86,6 @@ def data_options(function: F) -> F:
             "groups",
             help="Column of samples that belong together (patients, scenes): none is ever parted.",
         ),
-        click.option("--label", help="Label column to learn, where the store has several."),
     ):
         function = option(function)
     return function
@@ -58,6 +94,7 @@ def data_options(function: F) -> F:
 def plan_options(function: F) -> F:
     """Add what `sweep` and `bench-heads` have in common beyond :func:`data_options`."""
     for option in (
+        memory_option,
         click.option(
             "--resume",
             is_flag=True,
@@ -123,6 +160,21 @@ def parse_seconds(text: str | None) -> float | None:
     if not match or not float(match[1]):
         raise UsageError(f"--time-budget {text!r}: expected a time such as 90s, 10m or 2h.")
     return float(match[1]) * {"m": 60, "min": 60, "h": 3600}.get(match[2] or "s", 1)
+
+
+def parse_size(text: str | None) -> float | None:
+    """``"2GB"`` -> 2e9 bytes.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([KMG]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise UsageError(f"--memory-limit {text!r}: expected a size such as 800MB or 2GB.")
+    power = " KMG".index(match[2].upper() or " ")
+    return float(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def split_commas(text: str | None) -> list[str]:

@@ -15,8 +15,18 @@ from pipeline.errors import UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from pipeline.heads.base import Head
+    from pipeline.heads.multitask import MultiTaskMLP
 
-__all__ = ["HEADS", "HeadSpec", "describe_layers", "describe_setting", "head_class", "make_head"]
+__all__ = [
+    "HEADS",
+    "MULTITASK",
+    "HeadSpec",
+    "describe_layers",
+    "describe_setting",
+    "head_class",
+    "make_head",
+    "multitask_class",
+]
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,10 @@ HEADS: dict[str, HeadSpec] = {
 }
 
 
+MULTITASK = ("mlp",)
+"""Heads that learn several label columns at once, with a trunk that these share."""
+
+
 def head_class(name: str) -> type[Head]:
     """Return the estimator class called ``name``.
 
@@ -83,6 +97,18 @@ def head_class(name: str) -> type[Head]:
         raise UnknownNameError("head", name, HEADS)
     spec = HEADS[name]
     found: type[Head] = getattr(import_module(f"pipeline.heads.{spec.module}"), spec.class_name)
+    return found
+
+
+def multitask_class(name: str) -> type[MultiTaskMLP]:
+    """Return the estimator class that learns several label columns as head ``name`` learns one.
+
+    Raises:
+        UnknownNameError: the head learns one at a time.
+    """
+    if name not in MULTITASK:
+        raise UnknownNameError("head for several label columns", name, MULTITASK)
+    found: type[MultiTaskMLP] = import_module("pipeline.heads.multitask").MultiTaskMLP
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from pipeline.errors import (
     UnknownNameError,
     UsageError,
 )
+from pipeline.heads.tasks import strata
 
 if TYPE_CHECKING:
     from pipeline.store import Store
@@ -142,13 +143,14 @@ class HeadInputs:
     Attributes:
         features: where they are read from, the blocks side by side.
         ids: (n_samples,), sample ids.
-        labels: (n_samples,) str.
+        labels: (n_samples,) str; of several columns, what the samples are stratified by.
         splits: (n_samples,), "train", "val" or "test".
         digests: (n_samples, 32) uint8, sha256 of each image.
         blocks: one a store.
-        label_column: the column that the labels are from.
+        label_column: the column that the labels are from; names of several joined by " + ".
         groups: (n_samples,) str, samples that belong together; None where none were asked for.
         notes: what was left out, and why.
+        columns: (n_samples,) labels of each column where there are several, None without one.
     """
 
     features: StoredFeatures
@@ -160,6 +162,7 @@ class HeadInputs:
     label_column: str
     groups: Array | None = None
     notes: list[str] = field(default_factory=list)
+    columns: Mapping[str, Array] = field(default_factory=dict)
 
     @cached_property
     def X(self) -> NDArray[np.float32]:  # noqa: N802 - the field's name for a feature matrix
@@ -215,12 +218,21 @@ class HeadInputs:
             vars(taken)["X"] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         return taken
 
-    def digest(self) -> str:
-        """sha256 over the sorted (id, digest, label) of the samples."""
+    def digest(self, column: str | None = None) -> str:
+        """sha256 over the sorted (id, digest, label) of the samples.
+
+        Args:
+            column: one of several, as if it were learned alone; None for the labels of all.
+        """
+        labels = list(self.columns.values()) or [self.labels]
+        labels = labels if column is None else [self.columns[column]]
         total = hashlib.sha256()
         # Ids are unique: sorted by id is sorted by all three.
         for i in np.argsort(self.ids, kind="stable"):
-            row = [str(self.ids[i]), self.digests[i].tobytes().hex(), str(self.labels[i])]
+            if column is not None and self.columns[column][i] is None:
+                continue
+            row = [str(self.ids[i]), self.digests[i].tobytes().hex()]
+            row += ["" if column[i] is None else str(column[i]) for column in labels]
             total.update(json.dumps(row).encode() + b"\n")
         return total.hexdigest()
 
@@ -229,7 +241,7 @@ def load_inputs(
     stores: Sequence[Store],
     *,
     layers: Sequence[str] | None = None,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     groups: str | None = None,
 ) -> HeadInputs:
     """Find labelled features in one or more stores, joined by sample.
@@ -241,7 +253,8 @@ def load_inputs(
         stores: open stores of the same images.
         layers: names of layers; ("all",) for every one; None for "penultimate", or every one
             where there is no such layer.
-        label: label column; None for "label", or the only one.
+        label: label column, or several: then a sample needs a label in one of them; None for
+            "label", or the only one.
         groups: column of the first store that says which samples belong together.
 
     Raises:
@@ -253,10 +266,11 @@ def load_inputs(
     if len({store.path.resolve() for store in stores}) < len(stores):
         raise UsageError("The same store was given twice; its features would only be repeated.")
     chosen = choose_layers(stores, layers)
-    column = choose_label_column(first, label)
+    names = choose_label_columns(first, label)
     notes = [note for store in stores for note in _missing_notes(store)]
-    labels = first.labels(column)
-    rows = _usable_rows(first, labels, column, notes)
+    columns = {name: np.asarray(first.labels(name)) for name in names}
+    labels = strata(columns)
+    rows = _usable_rows(first, labels, names, notes)
     rows_by_store = _join(stores, rows, notes)
     rows = rows_by_store[0]
     splits = np.asarray(first.splits())[rows]
@@ -270,9 +284,10 @@ def load_inputs(
         splits=splits,
         digests=first.table.digests[first.table.ready[rows]],
         blocks=tuple(_block(store, names) for store, names in zip(stores, chosen, strict=True)),
-        label_column=column,
+        label_column=" + ".join(names),
         groups=None if groups is None else _groups(first, groups)[rows],
         notes=notes,
+        columns={name: column[rows] for name, column in columns.items()} if len(names) > 1 else {},
     )
 
 
@@ -368,17 +383,32 @@ def choose_label_column(store: Store, label: str | None) -> str:
     )
 
 
-def _usable_rows(store: Store, labels: Array, column: str, notes: list[str]) -> NDArray[np.intp]:
+def choose_label_columns(store: Store, label: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The label columns to learn; see :func:`choose_label_column`.
+
+    Raises:
+        DataError, UsageError: as there, or a column was named twice.
+    """
+    if label is None or isinstance(label, str):
+        return (choose_label_column(store, label),)
+    names = tuple(choose_label_column(store, name) for name in label)
+    if len(set(names)) < len(names):
+        raise UsageError(f"A label column was named twice: {', '.join(names)}.")
+    return names
+
+
+def _usable_rows(
+    store: Store, labels: Array, columns: Sequence[str], notes: list[str]
+) -> NDArray[np.intp]:
     """Rows with a label and, where any sample has a split, with a split."""
+    where = f"column {' or '.join(map(repr, columns))}"
     labelled = np.array([value is not None for value in labels], dtype=bool)
     if not labelled.any():
-        raise DataError(
-            f"No sample of {store.path} with features has a label in column {column!r}."
-        )
+        raise DataError(f"No sample of {store.path} with features has a label in {where}.")
     if not labelled.all():
         notes.append(
-            f"{(~labelled).sum():,} of {counted(len(labels), 'sample')} without a label in column "
-            f"{column!r}: left out."
+            f"{(~labelled).sum():,} of {counted(len(labels), 'sample')} without a label in "
+            f"{where}: left out."
         )
     splits = np.asarray(store.splits())
     without_split = labelled & (splits == "")

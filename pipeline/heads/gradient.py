@@ -50,6 +50,7 @@ class GradientHead(Head):
     seed: int
     device: str
     n_iter_: int
+    log_variances_: tuple[float, ...]
 
     def widths(self) -> tuple[int, ...]:
         """Units of the hidden layers."""
@@ -116,8 +117,12 @@ class GradientHead(Head):
 
     def _learn(self, X: Array, index: Indices, sample_weight: Array | None) -> Self:
         weights = sample_weights(index, self.classes_[index], self.class_weight, sample_weight)
-        rows = np.arange(len(X))
-        (model,) = _train([self], X, index, weights, rows, len(self.classes_))
+        return self._learn_targets(X, index, weights, len(self.classes_))
+
+    def _learn_targets(
+        self, X: Array, targets: Indices, weights: Array, n_classes: int | Sequence[int]
+    ) -> Self:
+        (model,) = _train([self], X, targets, weights, np.arange(len(X)), n_classes)
         if model.failure:
             raise ArithmeticError(model.failure)
         for name, array in zip(self._weight_names(), model.weights, strict=True):
@@ -125,6 +130,7 @@ class GradientHead(Head):
         for name, array in zip(self._bias_names(), model.biases, strict=True):
             setattr(self, name, array)
         self.n_iter_ = model.n_epochs
+        self.log_variances_ = model.log_variances
         self.converged_ = True
         return self
 
@@ -165,6 +171,25 @@ class GradientHead(Head):
                         yield FoldResult(i, f, seconds, failure=f"ArithmeticError: {model.failure}")
                     else:
                         yield fold_result(i, f, seconds, logits, classes, n_classes)
+
+    def targets(self, y: Array, rows: Indices) -> tuple[Indices, Indices, int | Sequence[int]]:
+        """What to learn from some rows.
+
+        Args:
+            y: (n_samples,), class codes of all rows.
+            rows: to fit on.
+
+        Returns:
+            Targets of all rows, right for those of ``rows``; the codes that the outputs stand for;
+            the number of outputs, of several tasks one number each.
+
+        Raises:
+            ValueError: the rows have one class.
+        """
+        classes = np.unique(y[rows])
+        if len(classes) < 2:
+            raise ValueError(f"The fold has samples of {len(classes)} class, expected at least 2")
+        return np.searchsorted(classes, y), classes, len(classes)
 
     def logits(self, X: Array) -> Array:
         """Unnormalised log-probabilities (n_samples, n_classes)."""
@@ -218,21 +243,19 @@ def _fit_fold(
     Raises:
         ValueError: the fold has one class, or samples that do not fit.
     """
-    classes = np.unique(y[part.fit])
-    if len(classes) < 2:
-        raise ValueError(f"The fold has samples of {len(classes)} class, expected at least 2")
+    targets, classes, n_classes = heads[0].targets(y, part.fit)
     weights = np.zeros(len(X))
     weights[part.fit] = sample_weights(part.fit, y[part.fit], heads[0].class_weight)
-    return _train(heads, X, np.searchsorted(classes, y), weights, part.fit, len(classes)), classes
+    return _train(heads, X, targets, weights, part.fit, n_classes), classes
 
 
 def _train(
     heads: Sequence[GradientHead],
     X: Array,
-    index: Indices,
+    targets: Indices,
     weights: Array,
     rows: Indices,
-    n_classes: int,
+    n_classes: int | Sequence[int],
 ) -> list[FittedMlp]:
     """Train heads that agree in their training on some rows of X.
 
@@ -248,13 +271,13 @@ def _train(
         rows = order[n_held_out:]
         held_out = {
             "X_val": X,
-            "y_val": index,
+            "y_val": targets,
             "val_rows": order[:n_held_out],
             "val_weight": weights,
         }
     return fit_mlps(
         X,
-        index,
+        targets,
         [head.member() for head in heads],
         n_classes=n_classes,
         training=training,

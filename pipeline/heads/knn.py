@@ -20,7 +20,7 @@ from pipeline.heads.base import (
     solver_device,
 )
 from pipeline.heads.folds import FIT_ERRORS, Fold, FoldResult, fit_fold, fold_result
-from pipeline.heads.neighbours import VoteSetting, search, vote
+from pipeline.heads.neighbours import Neighbours, SampleBlocks, VoteSetting, search, vote
 
 
 class KNNHead(Head):
@@ -119,24 +119,44 @@ class KNNHead(Head):
 
     def predict_proba(self, X: Array) -> NDArray[Any]:
         """Shares of the votes (n_samples, n_classes)."""
-        queries = predict_inputs(self, X)
-        found = search(
-            self.features_,
+        return next(self.shares([self], self.neighbours([self], X)))
+
+    @classmethod
+    def neighbours(cls, heads: Sequence[Self], X: Array) -> dict[str, Neighbours]:
+        """Search once for all that some heads ask for.
+
+        Args:
+            heads: with the same samples; they differ in their parameters alone.
+            X: (n_samples, n_features).
+        """
+        first = heads[0]
+        queries = predict_inputs(first, X)
+        return search(
+            first.samples(),
             queries,
-            self.k_,
-            metrics=[self.metric],
-            variance=float(self.variance_),
-            device=solver_device(self.device),
+            max(head.k_ for head in heads),
+            metrics=sorted({head.metric for head in heads}),
+            variance=float(first.variance_),
+            device=solver_device(first.device),
         )
-        return next(
-            vote(
-                found,
-                self.index_,
-                [self.vote_setting()],
-                n_classes=len(self.classes_),
-                sample_weight=self.weights_,
-            )
+
+    @classmethod
+    def shares(
+        cls, heads: Sequence[Self], found: Mapping[str, Neighbours]
+    ) -> Iterator[NDArray[np.float64]]:
+        """Shares of the votes (n_samples, n_classes) of each head, from :meth:`neighbours`."""
+        first = heads[0]
+        return vote(
+            found,
+            first.index_,
+            [head.vote_setting() for head in heads],
+            n_classes=len(first.classes_),
+            sample_weight=first.weights_,
         )
+
+    def samples(self) -> Array | SampleBlocks:
+        """Where the neighbours are found."""
+        return self.features_
 
     def logits(self, X: Array) -> Array:
         """Log shares of the votes (n_samples, n_classes)."""
@@ -160,8 +180,13 @@ class KNNHead(Head):
     def from_arrays(cls, params: Any, arrays: Any) -> Self:
         """Rebuild a fitted head; also checks what its samples are counted with.
 
-        A model that was saved before votes had weights has none: they are all one.
+        A model that was saved before votes had weights has none: they are all one. One that was
+        fitted by passes over a store holds the places of its samples there.
         """
+        if "rows" in arrays and cls is KNNHead:
+            from pipeline.heads.streaming.knn import StoredKNNHead
+
+            return StoredKNNHead.from_arrays(params, arrays)
         head = super().from_arrays(
             params, {"weights": np.ones(np.shape(arrays.get("index", ()))), **arrays}
         )

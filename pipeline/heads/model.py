@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import CorruptStoreError
-from pipeline.heads import head_class
+from pipeline.heads import head_class, multitask_class
 from pipeline.heads.base import Head, softmax
 from pipeline.heads.scaling import Scaler, scaler_from_arrays
+from pipeline.heads.tasks import Task, task_slices
 
 Array = NDArray[Any]
 
@@ -25,13 +26,17 @@ class HeadModel:
         scaler: fitted scaling.
         head: fitted estimator; its ``classes_`` are indices into ``classes``.
         temperature: the scores are divided by it before the softmax.
-        classes: names of the classes; one that the head never saw gets probability zero.
+        classes: names of the classes; one that the head never saw gets probability zero. Of
+            several tasks, the classes of all of them in turn.
+        tasks: the label columns, where there are several; then the head is a
+            :class:`pipeline.heads.multitask.MultiTaskMLP`.
     """
 
     scaler: Scaler
     head: Head
     temperature: float
     classes: tuple[str, ...]
+    tasks: tuple[Task, ...] = ()
 
     def logits(self, X: Array) -> NDArray[np.float64]:
         """Scores (n_samples, n_classes) of raw features (n_samples, n_features)."""
@@ -41,11 +46,24 @@ class HeadModel:
         return scores
 
     def predict_proba(self, X: Array) -> NDArray[np.float64]:
-        """Probabilities (n_samples, n_classes) of raw features (n_samples, n_features)."""
-        return softmax(self.logits(X) / self.temperature)
+        """Probabilities (n_samples, n_classes) of raw features (n_samples, n_features).
+
+        Those of each task sum to one.
+        """
+        scores = self.logits(X) / self.temperature
+        if not self.tasks:
+            return softmax(scores)
+        parts = task_slices([len(task.classes) for task in self.tasks])
+        return np.concatenate([softmax(scores[:, part]) for part in parts], axis=1)
 
     def predict(self, X: Array) -> list[str]:
-        """The likeliest class of each sample."""
+        """The likeliest class of each sample, of a model of one label column.
+
+        Raises:
+            ValueError: there are several.
+        """
+        if self.tasks:
+            raise ValueError("The model has several label columns; predict_proba has all of them")
         return [self.classes[code] for code in self.predict_proba(X).argmax(axis=1)]
 
     def to_arrays(self) -> dict[str, Array]:
@@ -65,6 +83,7 @@ class HeadModel:
         widths: Sequence[int],
         temperature: float,
         classes: Sequence[str],
+        tasks: Sequence[Task] = (),
     ) -> Self:
         """Rebuild a saved model from its arrays and its card's fields.
 
@@ -72,11 +91,18 @@ class HeadModel:
             UnknownNameError: no head is called ``head``.
             StoreError: arrays and fields do not fit each other.
         """
-        rebuilt = head_class(head).from_arrays(params, _under("head.", arrays))
+        estimator = multitask_class(head) if tasks else head_class(head)
+        rebuilt = estimator.from_arrays(params, _under("head.", arrays))
         codes = rebuilt.classes_
         if codes.dtype.kind not in "iu" or codes.min() < 0 or codes.max() >= len(classes):
             raise CorruptStoreError(
                 f"The model's head knows classes {codes[:5]}…, but {len(classes)} are named."
+            )
+        sizes = [len(task.classes) for task in tasks]
+        if tasks and (rebuilt.get_params()["n_classes"] != sizes or len(codes) != sum(sizes)):
+            raise CorruptStoreError(
+                f"The model's head has {len(codes)} outputs in parts of "
+                f"{rebuilt.get_params()['n_classes']}, but {sizes} classes are named."
             )
         if rebuilt.n_features_in_ != sum(widths):
             raise CorruptStoreError(
@@ -84,7 +110,7 @@ class HeadModel:
                 f"but its inputs have {sum(widths)}."
             )
         scaler = scaler_from_arrays(scaling, widths, _under("scaling.", arrays))
-        return cls(scaler, rebuilt, temperature, tuple(classes))
+        return cls(scaler, rebuilt, temperature, tuple(classes), tuple(tasks))
 
 
 def _under(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.utils.metaestimators import available_if
 
 from pipeline.heads.base import Array, Head, decision, fit_inputs, predict_inputs, sample_weights
+from pipeline.heads.partial import keeps_sums, partial_inputs, partial_weights
 from pipeline.heads.scaling import l2_normalise
+from pipeline.heads.streaming.moments import class_sums
 
 NORMALISATIONS = ("cl2n", "l2n", "none")
+
+
+def _takes_parts(head: Any) -> bool:
+    """Whether samples can be taken in parts; of a ``partial_fit`` that is not there, why not."""
+    if head.normalise == "cl2n":
+        raise AttributeError(
+            "normalise is 'cl2n', which takes the mean of all samples off each of them: "
+            "partial_fit, which sees them in parts, needs 'l2n' or 'none'"
+        )
+    return keeps_sums(head)
 
 
 class PrototypeHead(Head):
@@ -27,6 +40,8 @@ class PrototypeHead(Head):
         mean_: (n_features,), of the training samples; zeros where they are not centred.
         prototypes_: (n_classes, n_features), class means of the normalised samples.
     """
+
+    _sums: tuple[Array, Array] | None = None
 
     def __init__(self, *, normalise: str = "cl2n") -> None:
         self.normalise = normalise
@@ -55,6 +70,46 @@ class PrototypeHead(Head):
             self.mean_ = centre.astype(X.dtype)
         self.prototypes_ = _class_means(self._normalised(X), index, weights).astype(X.dtype)
         self.converged_ = True
+        self._sums = None
+        return self
+
+    @available_if(_takes_parts)  # type: ignore[untyped-decorator]
+    def partial_fit(
+        self,
+        X: Array,
+        y: Array,
+        classes: Array | None = None,
+        sample_weight: Array | None = None,
+    ) -> Self:
+        """Add a part of the samples: the class means are those of all parts, exactly.
+
+        A class that no part has shown yet is never predicted; its prototype is NaN.
+
+        Args:
+            X: (n_samples, n_features).
+            y: (n_samples,).
+            classes: all there will be; needed with the first part.
+            sample_weight: (n_samples,).
+
+        Raises:
+            ValueError: samples that do not fit.
+            AttributeError: there is no such method where ``normalise`` is "cl2n", nor after
+                :meth:`fit`, which keeps no sums.
+        """
+        self.check_params()
+        X, index = partial_inputs(self, X, y, classes)
+        weights = partial_weights(self, index, sample_weight)
+        n_classes = len(self.classes_)
+        sums, totals = self._sums or (np.zeros((n_classes, X.shape[1])), np.zeros(n_classes))
+        self.mean_ = np.zeros(X.shape[1], dtype=X.dtype)
+        rows = self._normalised(X) * weights[:, None]
+        sums = sums + class_sums(rows, index.astype(np.int64), n_classes)
+        totals = totals + np.bincount(index, weights, minlength=n_classes)
+        self._sums = sums, totals
+        means = np.full_like(sums, np.nan)
+        np.divide(sums, totals[:, None], out=means, where=totals[:, None] > 0)
+        self.prototypes_ = means.astype(X.dtype)
+        self.converged_ = True
         return self
 
     def _normalised(self, X: Array) -> Array:
@@ -66,6 +121,7 @@ class PrototypeHead(Head):
         result: Array = (
             normalised @ self.prototypes_.T - np.square(self.prototypes_).sum(axis=1) / 2
         )
+        result[:, np.isnan(self.prototypes_[:, 0])] = -np.inf
         return result
 
     def decision_function(self, X: Array) -> Array:

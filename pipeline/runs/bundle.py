@@ -23,6 +23,7 @@ from pipeline.errors import (
 )
 from pipeline.heads.features import InputBlock
 from pipeline.heads.model import HeadModel
+from pipeline.heads.tasks import Task
 from pipeline.runs.folder import RUN_FORMAT_VERSION, read_json, write_json
 
 Array = NDArray[Any]
@@ -36,7 +37,7 @@ NETWORK_FORMAT = "tlpipe-network"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A fitted model that needs no store.
+    """A fitted model that needs no store, unless its samples are too many to be held.
 
     Attributes:
         path: the run's folder.
@@ -55,8 +56,13 @@ class Bundle:
         """Names of the classes, in the order of the probabilities."""
         return self.model.classes
 
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The label columns, whose probabilities lie side by side."""
+        return self.model.tasks or (Task(str(self.card.get("label", "")), self.classes),)
+
     def predict_proba(self, blocks: Sequence[Array] | Mapping[str, Array]) -> NDArray[np.float64]:
-        """Probabilities (n_samples, n_classes) of features.
+        """Probabilities (n_samples, n_classes) of features; those of each task sum to one.
 
         Args:
             blocks: one array (n_samples, n_features) for each of ``inputs`` and in their order,
@@ -132,7 +138,7 @@ def save_bundle(
         "format_version": RUN_FORMAT_VERSION,
         "head": head,
         "params": model.head.get_params(deep=False),
-        "classes": list(model.classes),
+        **_classes(model),
         "scaling": model.scaler.kind,
         "temperature": model.temperature,
         "inputs": [asdict(block) for block in inputs],
@@ -140,6 +146,13 @@ def save_bundle(
         **about,
     }
     write_json(folder / CARD_FILE, card)
+
+
+def _classes(model: HeadModel) -> dict[str, Any]:
+    """What the outputs stand for."""
+    if model.tasks:
+        return {"tasks": [task.to_dict() for task in model.tasks]}
+    return {"classes": list(model.classes)}
 
 
 def load_bundle(path: str | Path) -> Bundle:
@@ -151,6 +164,8 @@ def load_bundle(path: str | Path) -> Bundle:
     Raises:
         StoreError: there is no model, or its files are damaged or do not fit each other.
     """
+    from pipeline.heads.streaming.knn import reopen  # brings torch
+
     path = Path(path)
     card = read_json(path / CARD_FILE, CARD_FORMAT)
     try:
@@ -159,7 +174,9 @@ def load_bundle(path: str | Path) -> Bundle:
         head, scaling = fields.text("head"), fields.text("scaling")
         params = fields.dict("params")
         temperature = fields.number("temperature")
-        classes = fields.list("classes", str)
+        tasks = read_tasks(card)
+        names = [name for task in tasks for name in task.classes]
+        classes = names or fields.list("classes", str)
         digest = fields.text("model_sha256")
     except _WrongFieldError as error:
         raise CorruptStoreError(f"{path / CARD_FILE}: {error}") from error
@@ -172,12 +189,29 @@ def load_bundle(path: str | Path) -> Bundle:
             widths=[width for block in inputs for width in block.widths],
             temperature=temperature,
             classes=classes,
+            tasks=tasks,
         )
+        reopen(model, inputs)
     except UnknownNameError as error:
         raise StoreFormatError(f"{path / CARD_FILE}: {error}\n  Upgrade tlpipe.") from error
     except StoreError as error:
         raise type(error)(f"{path}: {error}") from error
     return Bundle(path, card, inputs, model)
+
+
+def read_tasks(card: dict[str, Any]) -> tuple[Task, ...]:
+    """The label columns of a model that learned several; () of one that learned one.
+
+    Args:
+        card: of a model, which may have been made up.
+
+    Raises:
+        ValueError: what is wrong with them.
+    """
+    if "tasks" not in card:
+        return ()
+    found = [_Fields(task) for task in _Fields(card).list("tasks", dict)]
+    return tuple(Task(task.text("label"), tuple(task.list("classes", str))) for task in found)
 
 
 def is_network(path: str | Path) -> bool:
@@ -206,7 +240,7 @@ def _load_arrays(path: Path, digest: str) -> dict[str, Array]:
         raise CorruptStoreError(f"{path.name} is not a safetensors file ({error}).") from error
 
 
-class _WrongFieldError(Exception):
+class _WrongFieldError(ValueError):
     pass
 
 

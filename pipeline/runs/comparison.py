@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pipeline.heads.metrics import Score
 from pipeline.heads.paired import accuracy_difference, mcnemar
 from pipeline.runs.folder import read_run
 from pipeline.runs.predictions import COLUMNS, PREDICTIONS_FILE
+from pipeline.runs.tasks import task_file
 from pipeline.store import open_store
 
 SIGNIFICANT = 0.05
@@ -24,20 +25,22 @@ _FROZEN = ("head",)
 
 @dataclass(frozen=True)
 class Contender:
-    """One run.
+    """One run, or one of its label columns where it learned several.
 
     Attributes:
         path: its folder.
-        run: what its ``run.json`` holds.
+        run: what its ``run.json`` holds; of several label columns, with what is said of this one.
         right: whether the prediction of each scored sample was right, by sample id.
         extract_seconds: of the features that it was fitted on; None where that is not known, 0
             where it needs none.
+        with_label: its name tells the label column.
     """
 
     path: str
     run: dict[str, Any]
     right: dict[str, bool]
     extract_seconds: float | None
+    with_label: bool = False
 
     @property
     def is_tuned(self) -> bool:
@@ -46,12 +49,18 @@ class Contender:
 
     @property
     def name(self) -> str:
-        """Head or policy, and backbone."""
+        """Head or policy, backbone, and the label column where there are several."""
+        column = f", {self.label}" if self.with_label else ""
         if self.run["kind"] == "finetune":
-            return f"fine-tuning, {self.run['policy']} ({self.backbone})"
+            return f"fine-tuning, {self.run['policy']} ({self.backbone}){column}"
         layers = [name for names in self.run["layers"] for name in names]
         shown = "+".join(layers) if len(layers) <= 2 else f"{len(layers)} layers"
-        return f"{self.run['head']} ({self.backbone}, {shown})"
+        return f"{self.run['head']} ({self.backbone}, {shown}){column}"
+
+    @property
+    def label(self) -> str:
+        """The label column."""
+        return str(self.run["label"])
 
     @property
     def backbone(self) -> str:
@@ -93,6 +102,7 @@ class Contender:
             "path": self.path,
             "name": self.name,
             "kind": run["kind"],
+            "label": self.label,
             "scored_on": run["scored_on"],
             "top1": self.top1.to_dict(),
             "val_top1": self.val_top1,
@@ -106,17 +116,29 @@ class Contender:
         }
 
 
-def read_contender(path: Path) -> Contender:
-    """Read a run.
+def read_contenders(path: Path) -> list[Contender]:
+    """Read a run: one contender for each label column that was scored.
 
     Raises:
         StoreError: it is no run, or was not scored.
     """
     run = read_run(path)
-    if not run.get("scored_on"):
+    parts = {PREDICTIONS_FILE: run}
+    if "tasks" in run:
+        parts = {task_file(task["label"]): run | task for task in run["tasks"]}
+    scored = {name: part for name, part in parts.items() if part.get("scored_on")}
+    if not scored:
         raise StoreError(f"{path} was not scored: there was no test and no validation sample.")
+    seconds = _extract_seconds(run)
+    return [
+        Contender(str(path), part, _read_right(path / name), seconds, "tasks" in run)
+        for name, part in scored.items()
+    ]
+
+
+def _read_right(file: Path) -> dict[str, bool]:
+    """Whether each scored sample's prediction was right, by its id."""
     right: dict[str, bool] = {}
-    file = path / PREDICTIONS_FILE
     try:
         with file.open(encoding="utf-8", newline="") as stream:
             rows = csv.DictReader(stream)
@@ -126,7 +148,7 @@ def read_contender(path: Path) -> Contender:
                 right[row["id"]] = row["label"] == row["predicted"]
     except OSError as error:
         raise StoreError(f"{file} cannot be read ({error.strerror}).") from error
-    return Contender(str(path), run, right, _extract_seconds(run))
+    return right
 
 
 def _extract_seconds(run: Mapping[str, Any]) -> float | None:
@@ -154,7 +176,7 @@ class Comparison:
     """Runs that were scored on the same samples.
 
     Attributes:
-        contenders: the most accurate first.
+        contenders: by label column, where there are several; of each the most accurate first.
         notes: what a user should know before believing the table.
     """
 
@@ -162,38 +184,22 @@ class Comparison:
     notes: list[str]
 
     def lines(self) -> list[dict[str, Any]]:
-        """The table; each line but the first with its difference to the one above."""
+        """The table; each line with its difference to the one above, if of the same label."""
         found = []
         for i, contender in enumerate(self.contenders):
             line = contender.to_dict()
-            if i:
-                line |= _paired(contender, self.contenders[i - 1])
+            above = self.contenders[i - 1] if i else None
+            if above is not None and above.label == contender.label:
+                line |= _paired(contender, above)
             found.append(line)
         return found
 
     def verdict(self) -> str:
-        """Was it worth unfreezing? In words, from the numbers."""
-        frozen = _best([c for c in self.contenders if not c.is_tuned])
-        tuned = _best([c for c in self.contenders if c.is_tuned and c.run["policy"] != "scratch"])
-        scratch = _best([c for c in self.contenders if c.run.get("policy") == "scratch"])
-        sentences = []
-        if frozen and tuned:
-            sentences.append(_worth(frozen, tuned))
-        elif frozen or tuned:
-            best = frozen or tuned
-            assert best is not None
-            sentences.append(f"The best on validation is {best.name}: {best.top1}.")
-        if scratch and (best := tuned or frozen):
-            found = accuracy_difference(*_aligned(best, scratch))
-            sentences.append(
-                f"Training from scratch reaches {scratch.top1.value:.3f}, "
-                f"{_points(found)} points less than {best.name}: that is what transfer is worth "
-                "here."
-                if found.low > 0
-                else f"Training from scratch reaches {scratch.top1.value:.3f}: here transfer is "
-                "worth no more than chance."
-            )
-        return " ".join(sentences)
+        """Was it worth unfreezing? In words, from the numbers; for each label column."""
+        groups = _by_label(self.contenders)
+        if len(groups) == 1:
+            return _verdict(self.contenders)
+        return " ".join(f"{label}: {_verdict(group)}" for label, group in groups.items())
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON and pages."""
@@ -217,25 +223,57 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
 
     Raises:
         UsageError: fewer than two runs.
-        MismatchError: they were not scored on the same samples of the same labels.
+        MismatchError: they were not scored on the same samples of the same labels; one that
+            learned several must share one of them with another.
         StoreError: one of them is no run.
     """
     if len(set(paths)) < 2:
         raise UsageError(
             "A comparison needs two runs or more.\n  List the runs there are:  tlpipe ls"
         )
-    contenders = [read_contender(path) for path in dict.fromkeys(paths)]
+    runs = [read_contenders(path) for path in dict.fromkeys(paths)]
+    _check_labels(runs)
+    groups = _by_label([contender for run in runs for contender in run])
+    for group in groups.values():
+        _check_samples(group)
+        group.sort(key=lambda contender: -contender.top1.value)
+    contenders = [
+        replace(contender, with_label=contender.with_label or len(groups) > 1)
+        for group in groups.values()
+        for contender in group
+    ]
+    return Comparison(contenders, _notes(contenders))
+
+
+def _check_labels(runs: Sequence[Sequence[Contender]]) -> None:
+    """Refuse a run of labels that no other run has learned."""
+    for run in runs:
+        own = [contender.label for contender in run]
+        others = [c for other in runs if other is not run for c in other]
+        if not any(contender.label in own for contender in others):
+            raise MismatchError(
+                f"{run[0].path} learned the label {' + '.join(own)!r}, but {others[0].path} "
+                f"learned {others[0].label!r}: their scores cannot stand in one table."
+            )
+
+
+def _by_label(contenders: Sequence[Contender]) -> dict[str, list[Contender]]:
+    groups: dict[str, list[Contender]] = {}
+    for contender in contenders:
+        groups.setdefault(contender.label, []).append(contender)
+    return groups
+
+
+def _check_samples(contenders: Sequence[Contender]) -> None:
+    """Refuse runs that were scored on other samples than the first of them."""
     first = contenders[0]
     for other in contenders[1:]:
-        for what, mine, its in (
-            ("was scored on", first.run["scored_on"], other.run["scored_on"]),
-            ("learned the label", first.run["label"], other.run["label"]),
-        ):
-            if mine != its:
-                raise MismatchError(
-                    f"{first.path} {what} {mine!r}, but {other.path} on {its!r}: their scores "
-                    "cannot stand in one table."
-                )
+        mine, its = first.run["scored_on"], other.run["scored_on"]
+        if mine != its:
+            raise MismatchError(
+                f"{first.path} was scored on {mine!r}, but {other.path} on {its!r}: their scores "
+                "cannot stand in one table."
+            )
         if first.right.keys() != other.right.keys():
             shared = len(first.right.keys() & other.right.keys())
             raise MismatchError(
@@ -243,24 +281,47 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
                 f"{len(other.right):,}, of which they share {shared:,}: their scores cannot stand "
                 "in one table.\n  Fit both on the same data, with the same splits and seed."
             )
-    contenders.sort(key=lambda contender: -contender.top1.value)
-    return Comparison(contenders, _notes(contenders))
 
 
 def _notes(contenders: Sequence[Contender]) -> list[str]:
     notes = []
-    if contenders[0].run["scored_on"] != "test":
+    if any(contender.run["scored_on"] != "test" for contender in contenders):
         notes.append(
             "Warning: there is no test split; the same samples chose and scored, which flatters."
         )
-    digests = {contender.run.get("data_digest") for contender in contenders}
-    if len(digests) > 1:
+    digests = {(contender.label, contender.run.get("data_digest")) for contender in contenders}
+    if len(digests) > len(_by_label(contenders)):
         notes.append("Warning: the runs were not fitted on the same training samples or labels.")
     if len({c.run["chosen_by"] for c in contenders}) > 1:
         notes.append("The runs did not choose their settings on the same samples.")
     if any(c.extract_seconds is None for c in contenders):
         notes.append("Where the extraction shows –, the store is gone or from an older release.")
     return notes
+
+
+def _verdict(contenders: Sequence[Contender]) -> str:
+    """Of contenders of one label column."""
+    frozen = _best([c for c in contenders if not c.is_tuned])
+    tuned = _best([c for c in contenders if c.is_tuned and c.run["policy"] != "scratch"])
+    scratch = _best([c for c in contenders if c.run.get("policy") == "scratch"])
+    sentences = []
+    if frozen and tuned:
+        sentences.append(_worth(frozen, tuned))
+    elif frozen or tuned:
+        best = frozen or tuned
+        assert best is not None
+        sentences.append(f"The best on validation is {best.name}: {best.top1}.")
+    if scratch and (best := tuned or frozen):
+        found = accuracy_difference(*_aligned(best, scratch))
+        sentences.append(
+            f"Training from scratch reaches {scratch.top1.value:.3f}, "
+            f"{_points(found)} points less than {best.name}: that is what transfer is worth "
+            "here."
+            if found.low > 0
+            else f"Training from scratch reaches {scratch.top1.value:.3f}: here transfer is "
+            "worth no more than chance."
+        )
+    return " ".join(sentences)
 
 
 def _best(contenders: Sequence[Contender]) -> Contender | None:

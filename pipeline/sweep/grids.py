@@ -75,9 +75,8 @@ def edge_note(chosen: Setting, settings: Sequence[Setting]) -> str | None:
     for name, value in chosen.items():
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
-        tried = sorted(
-            {s[name] for s in settings if name in s and _others(s, name) == _others(chosen, name)}
-        )
+        alike = [s.get(name) for s in settings if _others(s, name) == _others(chosen, name)]
+        tried = sorted({other for other in alike if isinstance(other, int | float)})
         if len(tried) < 3 or _ENDS.get(name) == value:
             continue
         if value == tried[0]:

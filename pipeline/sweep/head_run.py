@@ -39,14 +39,14 @@ _MAX_CLASSES_WITH_CONFUSION = 200
 
 
 @dataclass(frozen=True)
-class HeadRun:
-    """A fitted head and everything that was found out about it.
+class FittedRun:
+    """What is known of every fitted head, whether it learned one label column or several.
 
     Attributes:
         head: its name in ``pipeline.heads.HEADS``.
         model: from features to class probabilities; fitted on train, and on val where given.
         inputs: the features that it takes.
-        label: the label column.
+        label: the label column; names of several joined by " + ".
         seed: of every random choice.
         best: the chosen setting, and its score on the samples that chose it.
         metric: that chose it.
@@ -56,10 +56,6 @@ class HeadRun:
             chose the setting; "" where nothing could be scored.
         scores: metrics of "test" and "val", as far as there are; "val" are the samples that
             chose, scored by heads that were not fitted on them.
-        confusion: (n_classes, n_classes) of ``scored_on``, true class by row.
-        score_classes: the classes of ``confusion``: the model's, then those only test has.
-        predictions: of the samples of ``scored_on``.
-        chosen_right: (n_choose,), whether the best setting was right on the samples that chose.
         n_samples: samples by split.
         split_origin: how the splits came about.
         seconds: by phase, and "total"; "predict" is for a thousand samples.
@@ -78,20 +74,11 @@ class HeadRun:
     chosen_by: str
     scored_on: str
     scores: dict[str, dict[str, Score]]
-    confusion: NDArray[np.int64]
-    score_classes: tuple[str, ...]
-    predictions: Predictions
-    chosen_right: NDArray[np.bool_]
     n_samples: dict[str, int]
     split_origin: str
     seconds: dict[str, float]
     data_digest: str
     notes: list[str]
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes that the model can predict."""
-        return self.model.classes
 
     @property
     def metrics(self) -> dict[str, Score]:
@@ -105,7 +92,7 @@ class HeadRun:
 
     def to_dict(self) -> dict[str, Any]:
         """What ``run.json`` holds, as plain values for JSON."""
-        document = {
+        return {
             "format": RUN_FORMAT,
             "format_version": RUN_FORMAT_VERSION,
             "kind": "fit-head",
@@ -118,7 +105,7 @@ class HeadRun:
             "seed": self.seed,
             "stores": [block.store for block in self.inputs],
             "layers": [list(block.layers) for block in self.inputs],
-            "classes": list(self.classes),
+            **self.found(),
             "n_samples": self.n_samples,
             "split_origin": self.split_origin,
             "chosen_by": self.chosen_by,
@@ -132,12 +119,14 @@ class HeadRun:
             "data_digest": self.data_digest,
             "versions": versions(),
         }
-        if len(self.score_classes) <= _MAX_CLASSES_WITH_CONFUSION:
-            document["confusion"] = {
-                "classes": list(self.score_classes),
-                "counts": self.confusion.tolist(),
-            }
-        return document
+
+    def found(self) -> dict[str, Any]:
+        """What ``run.json`` says of the classes."""
+        raise NotImplementedError
+
+    def write_predictions(self, folder: Path) -> None:
+        """Write what was predicted for each scored sample."""
+        raise NotImplementedError
 
     @property
     def size_bytes(self) -> int:
@@ -171,7 +160,7 @@ class HeadRun:
     def write(self, folder: Path, document: dict[str, Any]) -> None:
         """Put the model, its predictions and ``document`` as run.json into ``folder``."""
         write_json(folder / RUN_FILE, document)
-        self.predictions.write(folder / PREDICTIONS_FILE)
+        self.write_predictions(folder)
         about = {
             "label": self.label,
             "scored_on": self.scored_on,
@@ -179,6 +168,42 @@ class HeadRun:
             "data_digest": self.data_digest,
         }
         save_bundle(folder, self.model, head=self.head, inputs=self.inputs, about=about)
+
+
+@dataclass(frozen=True)
+class HeadRun(FittedRun):
+    """A head that learned one label column, and everything that was found out about it.
+
+    Attributes:
+        confusion: (n_classes, n_classes) of ``scored_on``, true class by row.
+        score_classes: the classes of ``confusion``: the model's, then those only test has.
+        predictions: of the samples of ``scored_on``.
+        chosen_right: (n_choose,), whether the best setting was right on the samples that chose.
+    """
+
+    confusion: NDArray[np.int64]
+    score_classes: tuple[str, ...]
+    predictions: Predictions
+    chosen_right: NDArray[np.bool_]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that the model can predict."""
+        return self.model.classes
+
+    def found(self) -> dict[str, Any]:
+        """Classes, and the confusion matrix where it is small enough to read."""
+        found: dict[str, Any] = {"classes": list(self.classes)}
+        if len(self.score_classes) <= _MAX_CLASSES_WITH_CONFUSION:
+            found["confusion"] = {
+                "classes": list(self.score_classes),
+                "counts": self.confusion.tolist(),
+            }
+        return found
+
+    def write_predictions(self, folder: Path) -> None:
+        """Write ``predictions.csv``."""
+        self.predictions.write(folder / PREDICTIONS_FILE)
 
 
 def backbone_names(inputs: Sequence[InputBlock]) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 import pipeline
 from pipeline.data.names import counted, quoted
 from pipeline.heads.features import HeadInputs, load_inputs
+from pipeline.heads.tasks import encode_labels
 from pipeline.store import open_store
 from pipeline.sweep.protocol import Protocol, plan_protocol, split_by_group
 
@@ -90,6 +91,12 @@ class Prepared:
                 f"Only val has samples of {counted(len(absent), 'class', 'classes')} "
                 f"({quoted(absent)})."
             )
+        return notes + self.leak_notes()
+
+    def leak_notes(self) -> list[str]:
+        """Which images are in two splits, byte for byte."""
+        inputs, protocol = self.inputs, self.protocol
+        notes: list[str] = []
         # 64 of the 256 bits: compact, and never equal by chance.
         images = inputs.digests.view(np.uint64)[:, 0]
         for split, rows, others in (
@@ -131,7 +138,7 @@ def plan(
     stores: Store | str | Path | Sequence[Store | str | Path],
     *,
     layers: Sequence[str] | None = None,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     groups: str | None = None,
     seed: int = 0,
 ) -> Prepared:
@@ -140,7 +147,8 @@ def plan(
     Args:
         stores: feature stores or their paths; several are joined by sample, features side by side.
         layers: layers to read; ("all",) for every one; None for "penultimate", or every one.
-        label: label column; None for "label" or the only one.
+        label: label column; None for "label" or the only one. Of several, ``inputs.columns`` has
+            the labels, and the codes are of what the samples are stratified by.
         groups: column of samples that belong together and are never parted. A test split that
             extraction made sample by sample is then made anew, by group.
         seed: of held-out parts.
@@ -161,9 +169,5 @@ def plan(
     protocol = plan_protocol(
         inputs.ids, inputs.labels, inputs.splits, seed=seed, groups=inputs.groups
     )
-    learned = set(inputs.labels[protocol.refit])
-    known = tuple(sorted(learned))
-    unseen = tuple(sorted(set(inputs.labels[protocol.test]) - learned))
-    index = {name: code for code, name in enumerate((*known, *unseen))}
-    codes = np.fromiter((index[name] for name in inputs.labels), np.int64, len(inputs.labels))
+    codes, known, unseen = encode_labels(inputs.labels, protocol.refit, protocol.test)
     return Prepared(inputs, protocol, codes, known, unseen, split_origin, seed)

@@ -43,6 +43,7 @@ _LIBRARY_BYTES = 210e6
 _LOGITS_SHARE = 0.25  # of the room, for scores that temperatures are fitted on
 _OUTCOME_BYTES = 110  # of a sample that chooses, for each setting
 _SCORE_BYTES = 300  # of a sample while it is scored
+_PLACE_BYTES = 40  # of a sample that may be found, in each fit of knn
 _MIN_CALIBRATION = 1000  # samples that a temperature is fitted on
 _STATM = Path("/proc/self/statm")
 
@@ -130,6 +131,11 @@ def fit_streamed(
         f"The features were streamed from disk, in {counted(rows.n_passes, 'pass', 'passes')} over "
         f"blocks of {rows.block_rows:,} rows."
     ]
+    if head == "knn":
+        notes.append(
+            "The model holds the places of its training samples, not a copy of them: predict reads "
+            f"them from {', '.join(block.store for block in data.inputs.blocks)}, so keep it there."
+        )
     if left_out:
         notes.append(
             f"{counted(left_out, 'setting')} left out: "
@@ -143,22 +149,14 @@ def _cannot(
 ) -> str:
     """Why a head is not streamed, and what to do instead."""
     limit = _option(needed_bytes)
-    sizes = (
-        f"this fit takes up to {needed_bytes / 1e9:.2f} GB, and --memory-limit is "
-        f"{memory_limit / 1e9:.2f} GB."
-    )
-    if head == "knn":
-        return (
-            f"A knn head is its training samples: {sizes}\n"
-            f"  Take  --head prototype,  {limit},  or extract fewer images with --limit."
-        )
     what = f"Head {head!r}"
     if head in STREAMED:
         what += f" with {describe_setting(settings[0])}"
     return (
-        f"{what} needs all features in memory: {sizes}\n"
+        f"{what} needs all features in memory: this fit takes up to {needed_bytes / 1e9:.2f} GB, "
+        f"and --memory-limit is {memory_limit / 1e9:.2f} GB.\n"
         f"  Take  {limit},  fewer images (extract --limit), or a head that is fitted from disk: "
-        "logreg (L2), ridge, svm (kernel=linear, squared hinge) or prototype."
+        "logreg (L2), linear, ridge, svm (kernel=linear, squared hinge), knn or prototype."
     )
 
 
@@ -214,12 +212,14 @@ class _Streamed:
         held = resident_bytes() + _LIBRARY_BYTES
         n_choose = sum(len(fold.choose) for fold in data.protocol.folds)
         held += n_choose * (_OUTCOME_BYTES * len(seeded) + _SCORE_BYTES)
+        if head == "knn":
+            held += _PLACE_BYTES * len(data.codes) * parts.n_parts
         room = memory_limit - held
         logits_bytes = 12.0 * len(data.known) * n_choose * len(seeded)
         logits_bytes = max(0.0, min(_LOGITS_SHARE * room, logits_bytes))
         plan = MemoryPlan.of(
             head, features.shape[1], len(data.known), parts.n_parts, len(seeded),
-            room - logits_bytes,
+            room - logits_bytes, _largest_k(seeded) if head == "knn" else 0,
         )  # fmt: skip
         if plan.needed_bytes > room - logits_bytes:
             streamed_bytes = held + plan.needed_bytes / (1 - _LOGITS_SHARE)
@@ -309,18 +309,23 @@ class _Streamed:
     def _logits(self, good: Sequence[int]) -> Iterator[tuple[Indices, Logits]]:
         """Scores of the rows that choose, by the heads that have not seen them."""
         numbers = self.streamed.parts.numbers
-        for samples, raw in self.streamed.rows.blocks(numbers > 0):
-            X = self.first_scaler(raw)
+        for samples, raw in self.streamed.queries(numbers > 0):
             own = numbers[samples]
-            logits = {
-                i: np.full((len(samples), len(self.data.known)), -np.inf, np.float32) for i in good
-            }
             for part in np.unique(own).tolist():
                 mine = np.flatnonzero(own == part)
-                for i in good:
-                    head: Head = self.fitted[i][part].head
-                    logits[i][np.ix_(mine, head.classes_)] = head.logits(X[mine])
-            yield samples, logits
+                heads = {i: self.fitted[i][part].head for i in good}
+                yield from self._scored(heads, samples[mine], self.first_scaler(raw[mine]))
+
+    def _scored(
+        self, heads: dict[int, Head], samples: Indices, X: Array
+    ) -> Iterator[tuple[Indices, Logits]]:
+        """Scores (n, n_known_classes) by heads that may lack some of the classes."""
+        for rows, found in self.streamed.logits(heads, X):
+            tables = {}
+            for i, own in found.items():
+                tables[i] = np.full((len(own), len(self.data.known)), -np.inf, np.float32)
+                tables[i][:, heads[i].classes_] = own
+            yield samples[rows], tables
 
     def refit(self, best: Trial) -> HeadModel:
         """Fit the chosen setting on train and val; train alone scales."""
@@ -349,8 +354,10 @@ class _Streamed:
             parts["test"] = Outcomes(protocol.test, data.codes, self._n_scored)
             wanted = np.zeros(len(data.codes), dtype=bool)
             wanted[protocol.test] = True
-            for samples, raw in self.streamed.rows.blocks(wanted):
-                parts["test"].add(samples, model.predict_proba(raw))
+            for samples, raw in self.streamed.queries(wanted):
+                X = model.scaler(raw)
+                for rows, tables in self._scored({i: model.head}, samples, X):
+                    parts["test"].add(rows, softmax(tables[i] / model.temperature))
             clock.laps["predict"] = 1000 * (time.perf_counter() - started) / len(protocol.test)
         if self.outcomes:
             parts["val"] = self.outcomes[i]
@@ -393,6 +400,12 @@ class _Streamed:
             data_digest=inputs.digest(),
             notes=fit_notes(model, selection, data),
         )
+
+
+def _largest_k(settings: Sequence[Setting]) -> int:
+    """Neighbours that are searched for."""
+    ks = [getattr(head_class("knn")(**setting), "k", 0) for setting in settings]
+    return max((k for k in ks if isinstance(k, int)), default=0)
 
 
 def _parts(data: Prepared) -> Parts:

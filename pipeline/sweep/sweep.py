@@ -15,10 +15,12 @@ from pipeline.sweep.head_run import Clock, HeadRun, default_folder, finish_run
 from pipeline.sweep.journal import Journal
 from pipeline.sweep.layers import AUTO, LayerChoice, choose_layers, layer_sets, layers_to_read
 from pipeline.sweep.memory import peak_memory
-from pipeline.sweep.prepare import Prepared, prepare
+from pipeline.sweep.prepare import Prepared
+from pipeline.sweep.prepare import plan as plan_data
 from pipeline.sweep.proposals import Draws, Frame, Grid, Guided, Proposals, check_search
 from pipeline.sweep.search import Search
 from pipeline.sweep.space import Choice, Range, check_settings, grid_of, params_of, space_of
+from pipeline.sweep.stream import fit_streamed, must_stream
 from pipeline.sweep.sweep_run import HeadResult, SweepRun
 from pipeline.sweep.trials import Trial, check_metric
 
@@ -46,6 +48,7 @@ class Plan:
         metric: what chooses, of ``pipeline.sweep.trials.METRICS``.
         repeats: how often all of it is done, each time with another seed.
         seed: the first.
+        memory_limit: of the whole process, bytes; heads that could exceed it are fitted from disk.
     """
 
     heads: tuple[str, ...] = ("logreg",)
@@ -59,6 +62,7 @@ class Plan:
     metric: str = "top1"
     repeats: int = 1
     seed: int = 0
+    memory_limit: float | None = None
     spaces: Mapping[str, Mapping[str, Range | Choice]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -87,6 +91,11 @@ class Plan:
                 f"{self.repeats} repeats, {self.n_trials} trials and a budget of "
                 f"{self.time_budget} seconds, expected 1 or more of each."
             )
+        if self.memory_limit is not None and (self.search != "grid" or self.time_budget):
+            raise UsageError(
+                "With --memory-limit all settings of a head share their passes over the store: "
+                "it goes with --search grid, and without --time-budget."
+            )
         object.__setattr__(self, "spaces", params_of(self.heads, self.params))
         for head in self.heads:
             grid = grid_of(head, self.grid, self.spaces[head])
@@ -104,6 +113,20 @@ class Plan:
         kind = Guided if self.search == "optuna" else Draws
         space = space_of(head, self.spaces[head])
         return kind(head, space, frames, self.n_trials or _DEFAULT_TRIALS, seed)
+
+    def scaling_of(self, head: str) -> str:
+        """The only scaling of a head.
+
+        Raises:
+            UsageError: there are several.
+        """
+        found = self._scalings_of(head)
+        if len(found) > 1:
+            raise UsageError(
+                f"With --memory-limit one scaling is swept, not {', '.join(found)}.\n"
+                f"  Name it:  --scaling {found[0]}"
+            )
+        return found[0]
 
     def _scalings_of(self, head: str) -> list[str]:
         spec = HEADS[head]
@@ -146,13 +169,21 @@ def sweep(
         UsageError: unknown layer or column.
         DataError: no labels, no train split, too few classes, or splits that part a group.
         StoreError: a store is damaged, the stores share no sample, or ``out`` cannot be written to.
+        ResourceError: the features do not fit into memory.
         TlpipeError: every setting of every head failed.
     """
     clock = Clock()
-    data = prepare(
+    data = plan_data(
         stores, layers=layers_to_read(plan.layers), label=label, groups=groups, seed=plan.seed
     )
     sets = layer_sets(data.inputs.layer_names, plan.layers)
+    if plan.memory_limit is None:
+        _ = data.inputs.X
+    elif len(sets) != 1 or AUTO in plan.layers:
+        raise UsageError(
+            f"With --memory-limit one set of layers is swept, not {', '.join(plan.layers)}.\n"
+            "  Name it:  --layers penultimate"
+        )
     clock.lap("load")
     ends = None if plan.time_budget is None else time.monotonic() + plan.time_budget
     journal = Journal(out or default_folder(data.inputs.blocks), data.key(), resume=resume)
@@ -223,6 +254,14 @@ class _Runner:
         clock = Clock()
         data = self.data if seed == self.data.seed else self.data.again(seed)
         deadline = None
+        if self.plan.memory_limit is not None:
+            settings = grid_of(head, self.plan.grid, self.plan.spaces[head])
+            if must_stream(data, head, settings, self.plan.memory_limit):
+                return fit_streamed(
+                    data, head=head, scaling=self.plan.scaling_of(head), settings=settings,
+                    metric=self.plan.metric, memory_limit=self.plan.memory_limit,
+                    on_trial=self.on_trial, clock=clock,
+                )  # fmt: skip
         if self.ends is not None:
             now = time.monotonic()
             deadline = now + max(self.ends - now, 0.0) / n_left
@@ -231,4 +270,7 @@ class _Runner:
         del search  # and the scaled features with it
         clock.lap("select")
         clock.laps["select"] += selection.known_seconds
-        return finish_run(data, selection, metric=self.plan.metric, seconds=clock.laps)
+        run = finish_run(data, selection, metric=self.plan.metric, seconds=clock.laps)
+        if self.plan.memory_limit is not None:
+            vars(data.inputs).pop("X", None)  # the next head may need the room
+        return run

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from pipeline.heads import neighbours as module
@@ -213,6 +214,54 @@ def test_leaving_one_out_with_k_above_the_others_has_an_empty_place():
 
     assert (found["cosine"].index[:, -1] == -1).all()
     assert all(np.isfinite(table).all() for table in tables)
+
+
+class Scattered:
+    """Samples in blocks whose order, within and among them, is not theirs."""
+
+    def __init__(self, X, mean):
+        self.X, self.mean, self.shape = torch.from_numpy(X), torch.from_numpy(mean), X.shape
+        self.n_passes = 0
+
+    def blocks(self, only=None):
+        self.n_passes += 1
+        seeded = torch.Generator().manual_seed(self.n_passes)
+        numbers = torch.arange(len(self.X)) if only is None else only
+        for part in torch.split(numbers[torch.randperm(len(numbers), generator=seeded)], 13):
+            yield part, self.X[part]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("shift", [0, 2])
+def test_blocks_in_any_order_give_the_same(metric, shift):
+    X, _, queries = data()
+    # Duplicates and near ties: some have to be measured again, crowds searched again.
+    X = np.concatenate([X, X[:30], X[:30] + np.float32(1e-7)])
+    scattered = Scattered(X, X.mean(axis=0) + np.float32(shift))
+    held = search(X, queries, 9, variance=2.0)[metric]
+
+    found = search(scattered, queries, 9, metrics=[metric], variance=2.0)[metric]
+
+    np.testing.assert_array_equal(found.index, held.index)
+    np.testing.assert_allclose(found.similarity, held.similarity, atol=1e-5)
+    assert scattered.n_passes <= 3
+
+
+def test_crowds_in_blocks_are_searched_again():
+    X = np.repeat(np.eye(3, dtype=np.float32) + 0.1, 30, axis=0)
+    scattered = Scattered(X, X.mean(axis=0))
+
+    found = search(scattered, X[[0, 40]], 20, metrics=["cosine"])["cosine"]
+
+    np.testing.assert_array_equal(found.index, [np.arange(20), np.arange(30, 50)])
+    assert scattered.n_passes == 3
+
+
+def test_blocks_need_queries():
+    X, _, _ = data()
+
+    with pytest.raises(ValueError, match="queries is None, expected a matrix"):
+        search(Scattered(X, X.mean(axis=0)), None, 3)
 
 
 def test_zero_vectors_have_no_angle():

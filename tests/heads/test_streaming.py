@@ -38,8 +38,9 @@ def parts(data):
     return Parts(data.codes, numbers, 5, 4)
 
 
-def streamed(data, parts, name, settings, *, kind="standardise", block_rows=90, dtype=np.float64):
-    memory = MemoryPlan(0, block_rows, 8, dtype)
+def streamed(data, parts, name, settings, *, kind="standardise", block_rows=90, dtype=np.float64,
+             held_rows=1000, n_problems=8):  # fmt: skip
+    memory = MemoryPlan(0, block_rows, n_problems, dtype, held_rows)
     features = data.inputs.features
     return StreamedFit(name, features, parts, kind, WIDTHS, settings, memory)
 
@@ -61,6 +62,37 @@ def test_a_pass_gives_every_wanted_row_once_with_its_features(data, block_rows):
     np.testing.assert_array_equal(np.concatenate([X for _, X in seen]), data.inputs.X[samples])
     assert max(len(own) for own, _ in seen) <= block_rows
     assert rows.n_passes == 1
+
+
+@pytest.mark.parametrize("n_rows", [1, 50, 10_000])
+def test_joined_blocks_hold_as_many_rows_as_were_asked_for(data, n_rows):
+    rows = StoredRows(data.inputs.features, 30)
+    wanted = np.arange(N) % 3 == 0
+    seen = list(rows.gathered(wanted, n_rows))
+
+    samples = np.concatenate([own for own, _ in seen])
+    assert sorted(samples) == np.flatnonzero(wanted).tolist()
+    np.testing.assert_array_equal(np.concatenate([X for _, X in seen]), data.inputs.X[samples])
+    assert all(n_rows <= len(own) < n_rows + 30 for own, _ in seen[:-1])
+    assert rows.n_passes == 1
+
+
+@pytest.mark.parametrize("n_rows", [64, 100, 10_000])
+def test_shuffled_blocks_give_every_wanted_row_once_from_everywhere(data, n_rows):
+    rows = StoredRows(data.inputs.features, 30)
+    wanted = np.arange(N) % 5 > 0
+    rng = np.random.default_rng(0)
+    first, again = (list(rows.shuffled(wanted, n_rows, rng)) for _ in range(2))
+
+    samples = np.concatenate([own for own, _ in first])
+    assert sorted(samples) == np.flatnonzero(wanted).tolist()
+    np.testing.assert_array_equal(np.concatenate([X for _, X in first]), data.inputs.X[samples])
+    assert all(len(own) == n_rows for own, _ in first[:-1])
+    assert all((np.diff(own) > 0).all() for own, _ in first)
+    if n_rows < N:
+        assert not np.array_equal(samples, np.concatenate([own for own, _ in again]))
+        assert any(np.ptp(own) > 2 * n_rows for own, _ in first)
+    assert rows.n_passes == 2
 
 
 def test_rows_that_nobody_wants_are_no_blocks(data):
@@ -208,7 +240,14 @@ def test_prototypes_are_those_in_memory(data, parts, normalise, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "setting"), [("ridge", {}), ("logreg", {}), ("prototype", {"normalise": "none"})]
+    ("name", "setting"),
+    [
+        ("ridge", {}),
+        ("logreg", {}),
+        ("prototype", {"normalise": "none"}),
+        ("linear", {"epochs": 3}),
+        ("knn", {}),
+    ],
 )
 def test_fit_without_some_class_knows_the_others(data, parts, name, setting):
     codes = data.codes.copy()
@@ -225,6 +264,103 @@ def test_fit_without_some_class_knows_the_others(data, parts, name, setting):
     assert everything.head.classes_.tolist() == [0, 1, 2, 3]
     held = make_head(name, **setting).fit(X[rows], codes[rows])
     np.testing.assert_allclose(without.head.logits(X), held.logits(X), atol=0.05)
+
+
+GRADIENT = [
+    {"lr": lr, "epochs": 3, "batch_size": 32, "optimizer": optimizer, "warmup": 0.1}
+    for lr in (0.003, 0.03)
+    for optimizer in ("adamw", "sgd")
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "class_weight", "n_problems"),
+    [("standardise", None, 8), ("l2", "balanced", 8), ("none", {0: 3.0, 2: 0.5}, 1)],
+)
+def test_softmax_on_one_block_is_the_one_in_memory(data, parts, kind, class_weight, n_problems):
+    extra = {"class_weight": class_weight, "label_smoothing": 0.1, "seed": 3}
+    settings = [setting | extra for setting in GRADIENT]
+    fit = streamed(data, parts, "linear", settings, kind=kind, n_problems=n_problems)
+    scaler = fit.scaler([0, 1, 2, 3, 4])
+    X = scaler(data.inputs.X)
+    rows = parts.numbers != 2
+
+    found = fit.fit(range(4), [2], scaler)
+
+    assert len(found) == 4
+    for one in found:
+        held = make_head("linear", **settings[one.setting]).fit(X[rows], data.codes[rows])
+        # AdamW's first steps follow the sign of a gradient, even where it is rounding alone.
+        atol = 1e-5 if held.optimizer == "sgd" else 0.1 * held.lr
+        np.testing.assert_allclose(one.head.weight_, held.weight_, rtol=1e-3, atol=atol)
+        np.testing.assert_allclose(one.head.bias_, held.bias_, rtol=1e-3, atol=atol)
+        assert one.head.n_iter_ == held.n_iter_
+
+
+def test_softmax_on_blocks_scores_as_in_memory_though_files_are_sorted(data):
+    by_class = np.argsort(np.argsort(data.codes, kind="stable"))
+    parts = Parts(data.codes, np.zeros(N, np.int8), 1, 4)
+    setting = {"lr": 0.02, "epochs": 10, "batch_size": 16}
+    fit = streamed(data, parts, "linear", [setting], held_rows=128)
+    fit.rows._order, fit.rows._positions = np.argsort(by_class), np.arange(N)
+    scaler = fit.scaler([0])
+    X = scaler(data.inputs.X)
+
+    (found,) = fit.fit([0], [0], scaler)
+
+    held = make_head("linear", **setting).fit(X, data.codes)
+    ours, theirs = (evaluate(data.codes, head.predict_proba(X)) for head in (found.head, held))
+    assert fit.rows.n_passes == 1 + 10
+    assert ours["nll"].value == pytest.approx(theirs["nll"].value, rel=0.02)
+    assert ours["top1"].value == pytest.approx(theirs["top1"].value, abs=0.01)
+
+
+def test_learning_rate_that_is_too_large_fails_alone(data, parts):
+    settings = [{"lr": lr, "epochs": 2} for lr in (1e-3, 1e38)]
+    fit = streamed(data, parts, "linear", settings)
+
+    good, bad = fit.fit([0, 1], [0], fit.scaler([0]))
+
+    assert np.isfinite(good.head.weight_).all()
+    assert "ArithmeticError: its parameters are not finite: try a learning rate below 1e+38" in (
+        bad.failure
+    )
+
+
+@pytest.mark.parametrize("kind", ["standardise", "l2", "none"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("block_rows", [25, 200])
+def test_neighbours_are_those_in_memory(data, parts, kind, metric, block_rows):
+    settings = [{"k": k, "metric": metric, "temperature": 0.3} for k in (9, 1000)]
+    fit = streamed(data, parts, "knn", settings, kind=kind, block_rows=block_rows)
+    scaler = fit.scaler([0, 1, 2, 3, 4])
+    X = scaler(data.inputs.X)
+    rows = parts.numbers != 4
+
+    for one in fit.fit(range(2), [4], scaler):
+        held = make_head("knn", **settings[one.setting]).fit(X[rows], data.codes[rows])
+        assert one.head.k_ == held.k_
+        assert one.head.variance_ == pytest.approx(held.variance_, rel=1e-5)
+        ours, theirs = (head.neighbours([head], X)[metric].index for head in (one.head, held))
+        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_allclose(one.head.logits(X), held.logits(X), atol=1e-3)
+
+
+def test_settings_of_neighbours_share_a_search(data, parts):
+    settings = [{"k": k, "metric": metric} for k in (1, 9) for metric in ("cosine", "euclidean")]
+    fit = streamed(data, parts, "knn", settings, block_rows=50)
+    scaler = fit.scaler([0, 1, 2, 3, 4])
+    heads = {one.setting: one.head for one in fit.fit(range(4), [1], scaler)}
+    X = scaler(data.inputs.X[:120])
+    before = fit.rows.n_passes
+
+    blocks = list(fit.logits(heads, X))
+
+    assert fit.rows.n_passes - before <= 3  # all, those to measure again, those to search again
+    assert [len(tables[0]) for _, tables in blocks] == [50, 50, 20]
+    for i, head in heads.items():
+        together = np.concatenate([tables[i] for _, tables in blocks])
+        np.testing.assert_allclose(together, head.logits(X), atol=1e-4)
 
 
 def test_bad_setting_fails_alone(data, parts):
@@ -266,18 +402,21 @@ def test_what_streams():
     assert not can_stream("svm", {})
     assert not can_stream("svm", {"kernel": "linear", "loss": "hinge"})
     assert not can_stream("logreg", {"penalty": "l1"})
+    assert can_stream("knn", {"k": 3})
+    assert can_stream("linear", {"lr": 0.1})
     assert not can_stream("mlp", {})
 
 
-@pytest.mark.parametrize("name", ["ridge", "logreg", "prototype"])
+@pytest.mark.parametrize("name", ["ridge", "logreg", "prototype", "linear", "knn"])
 def test_memory_plan_stays_within_its_room_and_says_what_it_needs(name):
-    tight = MemoryPlan.of(name, 2048, 100, 2, 6, 4e8)
-    ample = MemoryPlan.of(name, 2048, 100, 2, 6, 4e10)
+    tight = MemoryPlan.of(name, 2048, 100, 2, 6, 4e8, 100)
+    ample = MemoryPlan.of(name, 2048, 100, 2, 6, 4e10, 100)
 
     assert tight.needed_bytes == ample.needed_bytes < 4e8
     assert tight.block_rows <= ample.block_rows
     assert tight.n_problems <= ample.n_problems
-    assert 8 * tight.block_rows * 2048 < 4e8
+    assert tight.held_rows <= ample.held_rows
+    assert 8 * (tight.block_rows + tight.held_rows) * 2048 < 4e8
 
 
 SIZE = FitSize(

@@ -65,7 +65,7 @@ def test_runs_of_other_labels_or_samples_are_refused(store, tmp_path):
         splits_of(80, 0, 20),
     )  # fmt: skip
 
-    with pytest.raises(MismatchError, match=r"learned the label 'label', but .* on 'other'"):
+    with pytest.raises(MismatchError, match=r"learned the label 'label', but .* learned 'other'"):
         compare_runs([first, other])
     with pytest.raises(MismatchError, match=r"scored on 40 samples and .* on 20, .* share 20"):
         compare_runs([first, fitted(smaller, tmp_path)])
@@ -103,6 +103,7 @@ def contender(name, n_right, *, policy=None, seconds=10.0, extract=90.0, val=Non
     run = {
         "kind": "finetune" if policy else "fit-head",
         "head": name,
+        "label": "label",
         "policy": policy,
         "layers": [["penultimate"]],
         "stores": ["cache/x/net-12345678"],

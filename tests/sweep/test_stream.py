@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.commands.fit_head import parse_size
-from pipeline.errors import ResourceError, UsageError
+from pipeline.commands.sweep_options import parse_size
+from pipeline.errors import MismatchError, ResourceError, StoreError, UsageError
+from pipeline.runs.bundle import load_bundle
 from pipeline.sweep import fit, stream
 from pipeline.sweep.fit import fit_head
+from pipeline.sweep.space import parse_param
 from pipeline.sweep.stream import resident_bytes
+from pipeline.sweep.sweep import Plan, sweep
 from tests.heads.toy_stores import blobs, cycle, make_store, splits_of
 
 LINEAR = [{"kernel": "linear", "C": C, "tol": 1e-6} for C in (1e-4, 1e-2, 1.0)]
@@ -22,7 +25,9 @@ FIT_WITHIN = """
 import sys
 from pipeline.commands import main
 from pipeline.sweep.fit import fit_head
+from pipeline.sweep.space import parse_param
 from pipeline.sweep.stream import resident_bytes
+from pipeline.sweep.sweep import Plan, sweep
 
 limit = int(resident_bytes() + float(sys.argv.pop()))
 print(limit, file=sys.stderr)
@@ -46,6 +51,17 @@ def tiny_memory(monkeypatch):
     monkeypatch.setattr("pipeline.heads.streaming.fit._MAX_BLOCK_ROWS", 150)
 
 
+@pytest.fixture
+def files_by_class(monkeypatch):
+    """Rows lie class by class in the files, so that no block has samples of all classes."""
+
+    def sorted_rows(self):
+        labels = np.array([str(label) for label in self.stores[0].labels("label")])[self.rows[0]]
+        return np.argsort(np.argsort(labels, kind="stable"))
+
+    monkeypatch.setattr("pipeline.heads.features.StoredFeatures.file_positions", sorted_rows)
+
+
 def store_of(folder, n_train, n_val, n_test, names="abc"):
     labels = cycle(names, n_train + n_val + n_test)
     X = 2 + blobs(labels, noise=1.3) * np.geomspace(0.1, 10, 8)
@@ -54,9 +70,9 @@ def store_of(folder, n_train, n_val, n_test, names="abc"):
     )
 
 
-@pytest.mark.parametrize("head", ["ridge", "logreg", "svm", "prototype"])
+@pytest.mark.parametrize("head", ["ridge", "logreg", "svm", "prototype", "knn", "linear"])
 @pytest.mark.parametrize("sizes", [(240, 90, 90), (240, 0, 90)], ids=["val", "folds"])
-def test_run_is_the_one_in_memory(tmp_path, tiny_memory, head, sizes):
+def test_run_is_the_one_in_memory(tmp_path, tiny_memory, files_by_class, head, sizes):
     made = store_of(tmp_path / "s", *sizes)
     settings = LINEAR if head == "svm" else None
 
@@ -64,7 +80,7 @@ def test_run_is_the_one_in_memory(tmp_path, tiny_memory, head, sizes):
     streamed = fit_head(made, head=head, settings=settings, memory_limit=LIMIT)
 
     assert streamed.notes[0].startswith("The features were streamed from disk, in ")
-    assert streamed.notes[1:] == held.notes
+    assert streamed.notes[1 + (head == "knn") :] == held.notes
     assert streamed.best.setting == held.best.setting
     assert streamed.chosen_by == held.chosen_by
     assert [t.setting for t in streamed.trials] == [t.setting for t in held.trials]
@@ -179,10 +195,127 @@ def test_heads_that_do_not_stream_name_those_that_do(tmp_path, tiny_memory):
 
     with pytest.raises(UsageError, match=r"Head 'mlp' needs all features in memory.*\n.*ridge"):
         fit_head(made, head="mlp", memory_limit=LIMIT)
-    with pytest.raises(UsageError, match=r"A knn head is its training samples(.|\n)*prototype"):
-        fit_head(made, head="knn", memory_limit=LIMIT)
     with pytest.raises(UsageError, match="Head 'logreg' with penalty=l1, C=1 needs all features"):
         fit_head(made, settings=[{"penalty": "l1", "C": 1.0}], memory_limit=LIMIT)
+
+
+@pytest.mark.parametrize("head", ["knn", "linear", "ridge", "prototype"])
+def test_samples_without_label_are_left_out(tmp_path, tiny_memory, head):
+    labels = [None if i % 5 == 0 else name for i, name in enumerate(cycle("abc", 420))]
+    X = blobs([str(label) for label in labels], noise=0.8)
+    made = make_store(tmp_path / "s", {"penultimate": X}, {"label": labels}, splits_of(240, 90, 90))
+
+    held = fit_head(made, head=head)
+    streamed = fit_head(made, head=head, memory_limit=LIMIT)
+
+    assert sum(streamed.n_samples.values()) == 336
+    assert streamed.best.setting == held.best.setting
+    assert streamed.metrics["top1"] == held.metrics["top1"]
+
+
+SETTINGS = [
+    {"k": k, "metric": metric, "temperature": temperature}
+    for k in (1, 7, 500)
+    for metric in ("cosine", "euclidean")
+    for temperature in (None, 0.07)
+]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "held_rows"), [("l2", 10_000), ("standardise", 40), ("none", 1)]
+)
+def test_votes_are_those_in_memory(tmp_path, tiny_memory, monkeypatch, scaling, held_rows):
+    monkeypatch.setattr("pipeline.heads.streaming.fit._HELD_BYTES", 1.0)
+    monkeypatch.setattr("pipeline.heads.streaming.fit._MIN_HELD_ROWS", held_rows)
+    made = store_of(tmp_path / "s", 240, 90, 90)
+
+    held = fit_head(made, head="knn", scaling=scaling, settings=SETTINGS)
+    streamed = fit_head(made, head="knn", scaling=scaling, settings=SETTINGS, memory_limit=LIMIT)
+
+    for ours, theirs in zip(streamed.trials, held.trials, strict=True):
+        assert ours.setting == theirs.setting
+        assert ours.top1 == theirs.top1
+        assert ours.scores["nll"] == pytest.approx(theirs.scores["nll"], rel=1e-4)
+    np.testing.assert_allclose(
+        streamed.predictions.probability, held.predictions.probability, atol=1e-4
+    )
+    assert streamed.predictions.predicted.tolist() == held.predictions.predicted.tolist()
+    assert streamed.model.head.index_.tolist() == held.model.head.index_.tolist()
+
+
+@pytest.fixture
+def run_of_places(tmp_path, tiny_memory, monkeypatch):
+    """A saved knn run and its store, which it reads."""
+    monkeypatch.chdir(tmp_path)
+    made = store_of(Path("s"), 240, 90, 90)
+    run = fit_head(made, head="knn", memory_limit=LIMIT)
+    return run, run.save(Path("runs")), made
+
+
+def test_knn_run_holds_places_and_predicts_from_the_store(run_of_places):
+    run, folder, made = run_of_places
+    X = made.features(layers=["penultimate"])[:]
+
+    bundle = load_bundle(folder)
+
+    assert "The model holds the places of its training samples" in run.notes[1]
+    assert "them from s, so keep it there" in run.notes[1]
+    assert not any(array.shape == (330, 8) for array in run.model.to_arrays().values())
+    found = bundle.predict_proba([X])[-90:].max(axis=1)
+    np.testing.assert_allclose(found, run.predictions.probability, atol=1e-6)
+    assert bundle.model.head.n_trained() == 0
+
+
+def test_knn_run_without_its_store_says_so(run_of_places):
+    _, folder, made = run_of_places
+    made.path.rename("elsewhere")
+
+    with pytest.raises(StoreError, match=r"which it reads from the store s:(.|\n)*Put the store b"):
+        load_bundle(folder)
+
+
+def test_knn_run_over_another_store_is_refused(run_of_places):
+    _, folder, made = run_of_places
+    made.path.rename("elsewhere")
+    labels = cycle("abc", 420)
+    features, splits = {"penultimate": blobs(labels)}, splits_of(240, 90, 90)
+    other = make_store(Path("s"), features, {"label": labels}, splits, backbone="other")
+
+    with pytest.raises(MismatchError, match=f"now of recipe {other.key[:8]}, not {made.key[:8]}"):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("n", [419, 100])
+def test_knn_run_over_other_samples_is_refused(run_of_places, n):
+    _, folder, made = run_of_places
+    made.path.rename("elsewhere")
+    labels = cycle("abc", n)
+    make_store(
+        Path("s"), {"penultimate": blobs(labels)}, {"label": labels}, splits_of(n),
+        ids=[f"{i:05d}.png" for i in range(1, n + 1)],
+    )  # fmt: skip
+
+    with pytest.raises(MismatchError, match="samples were added or removed there since"):
+        load_bundle(folder)
+
+
+def test_knn_over_two_stores_comes_back(tmp_path, tiny_memory):
+    first = store_of(tmp_path / "s", 240, 90, 90)
+    features = {"penultimate": blobs(cycle("cba", 420), n_features=4, noise=2.0, seed=7)}
+    other = make_store(
+        tmp_path / "o", features, {"label": cycle("cba", 420)}, [""] * 420,
+        ids=first.ids()[::-1], backbone="other",
+    )  # fmt: skip
+    held = fit_head([first, other], head="knn")
+    run = fit_head([first, other], head="knn", memory_limit=LIMIT)
+
+    bundle = load_bundle(run.save(tmp_path / "runs"))
+
+    assert run.metrics["top1"] == held.metrics["top1"]
+    X = np.random.default_rng(0).normal(size=(20, 12)).astype(np.float16)
+    np.testing.assert_allclose(
+        bundle.predict_proba([X[:, :8], X[:, 8:]]), held.model.predict_proba(X), atol=1e-5
+    )
 
 
 def test_limit_that_leaves_no_room_says_what_is_needed(tmp_path, tiny_memory):
@@ -200,8 +333,10 @@ def test_limit_that_leaves_no_room_says_what_is_needed(tmp_path, tiny_memory):
     [
         (["svm", "--param", "kernel=rbf", "--param", "C=1"], (3600, 8), 4.5e8, ""),
         (["logreg", "--param", "C=0.01"], (4500, 512), 2.8e8, "streamed from disk"),
+        (["linear", "--param", "epochs=2"], (4500, 1024), 2.8e8, "streamed from disk"),
+        (["knn"], (9000, 2048), 4.6e8, "streamed from disk"),
     ],
-    ids=["in memory", "streamed"],
+    ids=["in memory", "logreg", "linear", "knn"],
 )
 def test_process_stays_within_its_limit(tmp_path, words, shape, room, note):
     features = {"penultimate": np.random.default_rng(0).normal(size=shape)}
@@ -254,6 +389,42 @@ def test_features_larger_than_the_memory_name_the_option(tmp_path, monkeypatch):
 
     with pytest.raises(ResourceError, match="--memory-limit"):
         fit_head(made)
+
+
+def test_sweep_within_a_limit_is_the_one_in_memory(tmp_path, tiny_memory, monkeypatch):
+    monkeypatch.setattr("pipeline.sweep.sweep.must_stream", lambda _, head, *__: head != "mlp")
+    made = store_of(tmp_path / "s", 240, 0, 90)
+    heads = ("ridge", "knn", "mlp")
+    given = (parse_param("mlp.hidden=4"), parse_param("epochs=2"), parse_param("k=1,5,20"))
+
+    held = sweep(made, Plan(heads, params=given, repeats=2), out=tmp_path)
+    limited = sweep(made, Plan(heads, params=given, repeats=2, memory_limit=LIMIT), out=tmp_path)
+
+    for ours, theirs in zip(limited.results, held.results, strict=True):
+        assert ours.run.best.setting == theirs.run.best.setting
+        assert ours.run.metrics["top1"] == theirs.run.metrics["top1"]
+        assert ours.repeats == theirs.repeats
+        streamed = "streamed from disk" in " ".join(ours.run.notes)
+        assert streamed == (ours.run.head != "mlp")
+    assert limited.recommended()[0].run.head == held.recommended()[0].run.head
+    bundle = load_bundle(limited.save(tmp_path))
+    assert bundle.classes == ("a", "b", "c")
+
+
+def test_sweep_within_a_limit_that_cannot_be_shared_is_refused(tmp_path, tiny_memory, monkeypatch):
+    monkeypatch.setattr("pipeline.sweep.sweep.must_stream", lambda *_: True)
+    X = blobs(cycle("ab", 200))
+    layers = {"low": X, "high": X}
+    made = make_store(tmp_path / "s", layers, {"label": cycle("ab", 200)}, splits_of(150, 0, 50))
+
+    with pytest.raises(UsageError, match=r"goes with --search grid, and without --time-budget"):
+        Plan(search="random", memory_limit=LIMIT)
+    with pytest.raises(UsageError, match=r"one set of layers is swept, not each\.\n.*--layers"):
+        sweep(made, Plan(layers=("each",), memory_limit=LIMIT), out=tmp_path)
+    with pytest.raises(
+        UsageError, match=r"one scaling is swept, not standardise, l2\.\n.*--scaling"
+    ):
+        sweep(made, Plan(("ridge",), scalings=("auto",), memory_limit=LIMIT), out=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from pipeline.heads.solvers.mlp_loss import Objective, mean_over_tasks
 from pipeline.heads.solvers.mlp_setting import FittedMlp, MlpSetting, Training
 from pipeline.heads.solvers.samples import Samples, as_float32, columns_of
+from pipeline.heads.tasks import task_slices
 
 __all__ = ["FittedMlp", "MlpSetting", "Training", "fit_mlps", "mlp_logits"]
 
@@ -37,6 +39,7 @@ _MOMENTUM = 0.9
 _STACK_BYTES = 2**30
 _STATES = 5  # parameters, gradients, two moments, the best ones so far
 _BLOCK_NUMBERS = 2**24
+_KINDS = ("weights", "biases", "log_variances")
 
 
 def fit_mlps(
@@ -44,7 +47,7 @@ def fit_mlps(
     y: Array,
     members: Sequence[MlpSetting],
     *,
-    n_classes: int,
+    n_classes: int | Sequence[int],
     training: Training | None = None,
     rows: Array | None = None,
     sample_weight: Array | None = None,
@@ -62,14 +65,15 @@ def fit_mlps(
     Args:
         X: (n_samples, n_features), or (n_samples, n_views, n_features): then each step draws one
             view of each sample. float32 is used as it is.
-        y: (n_samples,), int class indices.
+        y: (n_samples,), int class indices; of several tasks (n_samples, n_tasks), with NO_LABEL
+            where a sample has none.
         members: the networks.
-        n_classes: outputs of each.
+        n_classes: outputs of each; of several tasks, one number a task.
         training: what the members share.
         rows: of X that train, in an order that the seed is applied to; None for all.
         sample_weight: (n_samples,), or (n_members, n_samples).
         X_val: samples that choose the epoch, likewise; of several views the first is taken.
-        y_val: (n_val,).
+        y_val: (n_val,) or (n_val, n_tasks).
         val_rows: of X_val; None for all.
         val_weight: (n_val,), or (n_members, n_val).
 
@@ -83,6 +87,8 @@ def fit_mlps(
     """
     training = training or Training()
     device, n_members = torch.device(training.device), len(members)
+    tasks = task_slices([n_classes] if isinstance(n_classes, int) else n_classes)
+    n_outputs = tasks[-1].stop
     train = Samples.check("X", X, y, rows, sample_weight, n_members, n_classes).to(device)
     n_features = train.x.shape[-1]
     val = None
@@ -100,13 +106,15 @@ def fit_mlps(
     # take seven times as long as one.
     n_threads = torch.get_num_threads()
     n_jobs = n_threads if device.type == "cpu" else 1
-    groups = list(_groups(members, n_features, n_classes, n_parts=n_jobs))
+    groups = list(_groups(members, n_features, n_outputs, n_parts=n_jobs))
 
     def train_group(group: NDArray[np.intp]) -> dict[int, FittedMlp]:
         if device.type == "cpu":
             torch.set_num_threads(1)
-        stack = _Stack.start(members, group, n_features, n_classes, training)
-        return _train(stack, train, val, training)
+        stack = _Stack.start(members, group, n_features, n_outputs, training)
+        if training.task_weights == "uncertainty" and len(tasks) > 1:
+            stack.log_variances.append(torch.zeros(len(group), len(tasks), device=device))
+        return _train(stack, train, val, training, tasks)
 
     try:
         n_jobs = min(n_jobs, len(groups))
@@ -120,7 +128,7 @@ def fit_mlps(
 def mlp_logits(
     models: Sequence[FittedMlp], X: Array | Tensor, *, device: str | torch.device = "cpu"
 ) -> NDArray[np.float32]:
-    """Scores of all models, in float32: (n_models, n_samples, n_classes).
+    """Scores of all models, in float32: (n_models, n_samples, n_outputs).
 
     Args:
         models: of any shapes, with the same classes.
@@ -153,7 +161,7 @@ def _gather(arrays: Sequence[Array], device: str | torch.device) -> Tensor:
 
 
 def _groups(
-    members: Sequence[MlpSetting], n_features: int, n_classes: int, *, n_parts: int = 1
+    members: Sequence[MlpSetting], n_features: int, n_outputs: int, *, n_parts: int = 1
 ) -> Iterator[NDArray[np.intp]]:
     """Members of one shape and one set of columns, as many as fit into a stack.
 
@@ -165,7 +173,7 @@ def _groups(
     for (hidden, columns), group in by_shape.items():
         if any(not 0 <= start < stop <= n_features for start, stop in columns):
             raise ValueError(f"A member sees columns {columns}, but X has {n_features} features")
-        widths = [_n_inputs(columns, n_features), *hidden, n_classes]
+        widths = [_n_inputs(columns, n_features), *hidden, n_outputs]
         member_bytes = 4 * _STATES * sum(a * b for a, b in pairwise(widths))
         n_stacks = max(n_parts, math.ceil(len(group) * member_bytes / _STACK_BYTES))
         yield from np.array_split(np.array(group), min(n_stacks, len(group)))
@@ -186,6 +194,7 @@ class _Stack:
         biases: one (n_members, n_outputs) a layer.
         dtype: of the products into hidden layers.
         generators: of dropout, one a member.
+        log_variances: (n_members, n_tasks), where the weights of the tasks are learned; or none.
     """
 
     members: NDArray[np.intp]
@@ -194,6 +203,7 @@ class _Stack:
     biases: list[Tensor]
     dtype: torch.dtype
     generators: list[torch.Generator] = field(default_factory=list)
+    log_variances: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def start(
@@ -201,18 +211,18 @@ class _Stack:
         members: Sequence[MlpSetting],
         group: NDArray[np.intp],
         n_features: int,
-        n_classes: int,
+        n_outputs: int,
         training: Training,
     ) -> _Stack:
         """He's uniform weights for hidden layers, small ones for the last, zeros for biases."""
         settings = [members[i] for i in group]
         hidden = settings[0].hidden
-        widths = [_n_inputs(settings[0].columns, n_features), *hidden, n_classes]
+        widths = [_n_inputs(settings[0].columns, n_features), *hidden, n_outputs]
         # Drawn on the processor, so that every device starts from the same weights.
         draws = [torch.Generator().manual_seed(setting.seed) for setting in settings]
         weights = []
-        for layer, (n_inputs, n_outputs) in enumerate(pairwise(widths)):
-            weight = torch.zeros(len(group), n_outputs, n_inputs)
+        for layer, (n_inputs, width) in enumerate(pairwise(widths)):
+            weight = torch.zeros(len(group), width, n_inputs)
             bound = ((6 if layer < len(hidden) else 1) / n_inputs) ** 0.5
             for one, draw in zip(weight, draws, strict=True):
                 if hidden:
@@ -234,6 +244,7 @@ class _Stack:
             weights=[weight[kept] for weight in self.weights],
             biases=[bias[kept] for bias in self.biases],
             generators=[self.generators[i] for i in places],
+            log_variances=[tensor[kept] for tensor in self.log_variances],
         )
 
     def blocks(self, n_samples: int) -> Iterator[slice]:
@@ -283,7 +294,7 @@ class _Stack:
         Args:
             x: (n, n_inputs).
             activations: of :meth:`forward`.
-            by_score: (n_members, n, n_classes), gradient of the loss by the scores.
+            by_score: (n_members, n, n_outputs), gradient of the loss by the scores.
             into: where to.
         """
         by_output = by_score
@@ -303,12 +314,13 @@ class _Stack:
                     one /= 1 - setting.dropout
 
     def score(self, x: Tensor) -> Tensor:
-        """(n_members, n, n_classes), without dropout."""
+        """(n_members, n, n_outputs), without dropout."""
         return self.forward(x, noisy=False)[-1]
 
     def is_finite(self) -> Tensor:
         """(n_members,): whether all parameters are numbers."""
-        sums = [param.flatten(1).sum(dim=1) for param in (*self.weights, *self.biases)]
+        params = (*self.weights, *self.biases, *self.log_variances)
+        sums = [param.flatten(1).sum(dim=1) for param in params]
         return torch.isfinite(torch.stack(sums).sum(dim=0))
 
 
@@ -321,16 +333,14 @@ class _Gradients:
 
     weights: list[Tensor]
     biases: list[Tensor]
+    log_variances: list[Tensor]
 
     @classmethod
     def like(cls, stack: _Stack) -> _Gradients:
-        return cls(
-            [torch.zeros_like(weight) for weight in stack.weights],
-            [torch.zeros_like(bias) for bias in stack.biases],
-        )
+        return cls(*([torch.zeros_like(p) for p in getattr(stack, kind)] for kind in _KINDS))
 
     def select(self, kept: Tensor) -> _Gradients:
-        return _Gradients([w[kept] for w in self.weights], [b[kept] for b in self.biases])
+        return _Gradients(*([p[kept] for p in getattr(self, kind)] for kind in _KINDS))
 
 
 class _Optimizer:
@@ -357,11 +367,12 @@ class _Optimizer:
         self.settings = stack.settings
         self._views = []
         for i in range(len(stack.settings)):
-            for kind in ("weights", "biases"):
+            for kind in _KINDS:
                 owners = (stack, self.gradients, *self.moments)
                 tensors = [[tensor[i] for tensor in getattr(owner, kind)] for owner in owners]
                 counts = [torch.full((), float(self.n_steps), device=p.device) for p in tensors[0]]
-                self._views.append((i, kind == "weights", tensors, counts))
+                if counts:
+                    self._views.append((i, kind == "weights", tensors, counts))
 
     def step(self, lr_factor: float) -> None:
         """Move the parameters against the gradients."""
@@ -401,12 +412,10 @@ class _Progress:
         better = (losses < self.loss).nonzero().flatten()
         self.loss[better] = losses[better]
         self.epoch[better.cpu()] = epoch
-        for kept, now in (
-            *zip(self.best.weights, stack.weights, strict=True),
-            *zip(self.best.biases, stack.biases, strict=True),
-        ):
-            for i in better.tolist():
-                kept[i].copy_(now[i])
+        for kind in _KINDS:
+            for kept, now in zip(getattr(self.best, kind), getattr(stack, kind), strict=True):
+                for i in better.tolist():
+                    kept[i].copy_(now[i])
 
     def select(self, kept: Tensor) -> _Progress:
         return _Progress(self.loss[kept], self.epoch[kept.cpu()], self.best.select(kept))
@@ -414,7 +423,11 @@ class _Progress:
 
 @torch.no_grad()
 def _train(
-    stack: _Stack, train: Samples, val: Samples | None, training: Training
+    stack: _Stack,
+    train: Samples,
+    val: Samples | None,
+    training: Training,
+    tasks: Sequence[slice],
 ) -> dict[int, FittedMlp]:
     """Train a stack to its end: the fitted members by their number."""
     device = torch.device(training.device)
@@ -423,19 +436,21 @@ def _train(
     progress = None if val is None else _Progress.start(stack)
     weights = train.weights_of(stack.members, device)
     val_weights = None if val is None else val.weights_of(stack.members, device)
-    smoothing = _smoothing(stack, device)
+    objective = Objective.of(tasks, stack.settings, device)
     batches = _Batches(train, training)
     for epoch in range(1, training.n_epochs + 1):
         for step, places, x, y in batches.epoch(epoch, stack.settings[0].columns, device):
             activations = stack.forward(x, noisy=True)
-            batch_weights = weights[:, places.to(device)] / len(places)
-            by_score = _score_gradient(activations[-1], y, batch_weights, smoothing)
+            by_score = objective.gradient(
+                activations[-1], y, weights[:, places.to(device)],
+                stack.log_variances, optimizer.gradients.log_variances,
+            )  # fmt: skip
             stack.backward(x, activations, by_score, optimizer.gradients)
             optimizer.step(training.lr_factor(step, batches.n_steps))
         finite = stack.is_finite().cpu()
         done = ~finite
         if progress is not None and val is not None and val_weights is not None:
-            progress.see(stack, _val_losses(stack, val, val_weights), epoch)
+            progress.see(stack, _val_losses(stack, val, val_weights, objective), epoch)
             if training.patience is not None:
                 done |= epoch - progress.epoch >= training.patience
         if epoch == training.n_epochs:
@@ -449,7 +464,7 @@ def _train(
             stack = stack.select(kept)
             optimizer.select(stack, kept)
             progress = progress and progress.select(kept)
-            smoothing = smoothing[kept]
+            objective = objective.select(kept)
             weights = weights if len(weights) == 1 else weights[kept]
             if val_weights is not None and len(val_weights) > 1:
                 val_weights = val_weights[kept]
@@ -487,35 +502,21 @@ class _Batches:
             step += 1
 
 
-def _smoothing(stack: _Stack, device: torch.device) -> Tensor:
-    """(n_members, 1, 1)."""
-    shares = [setting.label_smoothing for setting in stack.settings]
-    return torch.tensor(shares, device=device)[:, None, None]
-
-
-def _score_gradient(scores: Tensor, y: Tensor, weights: Tensor, smoothing: Tensor) -> Tensor:
-    """Gradient of the weighted cross-entropy, shaped as the scores (n_members, n, n_classes)."""
-    gradient = torch.softmax(scores, dim=2)
-    gradient -= smoothing / scores.shape[2]
-    truth = y[None, :, None].expand(len(scores), -1, 1)
-    gradient.scatter_add_(2, truth, (smoothing - 1).expand(-1, len(y), 1).contiguous())
-    gradient *= weights[:, :, None]
-    return gradient
-
-
-def _val_losses(stack: _Stack, val: Samples, weights: Tensor) -> Tensor:
+def _val_losses(stack: _Stack, val: Samples, weights: Tensor, objective: Objective) -> Tensor:
     """Mean negative log-likelihood of each member, nats: (n_members,) float64."""
     device = weights.device
-    total = torch.zeros(len(stack.settings), dtype=torch.float64, device=device)
+    sums: Tensor | float = 0.0
+    counts: Tensor | int = 0
     plain = val.x[:, 0] if val.x.ndim == 3 else val.x
     everyone = torch.arange(len(val))
     for block in stack.blocks(len(val)):
         x = plain[val.rows_at(everyone[block])]
         scores = stack.score(columns_of(x, stack.settings[0].columns).to(device))
-        truth = val.y[block].to(device)[None, :, None].expand(len(scores), -1, 1)
-        losses = scores.logsumexp(dim=2) - scores.gather(2, truth)[:, :, 0]
-        total += (losses * weights[:, block]).sum(dim=1, dtype=torch.float64)
-    return total / len(val)
+        found = objective.validation(scores, val.y[block].to(device), weights[:, block])
+        sums, counts = sums + found[0], counts + found[1]
+    assert isinstance(sums, Tensor)
+    assert isinstance(counts, Tensor)
+    return mean_over_tasks(sums, counts)
 
 
 def _result(
@@ -532,6 +533,7 @@ def _result(
         setting=setting,
         weights=tuple(weight[i].cpu().numpy().copy() for weight in source.weights),
         biases=tuple(bias[i].cpu().numpy().copy() for bias in source.biases),
+        log_variances=tuple(v for one in source.log_variances for v in one[i].tolist()),
         n_epochs=epoch,
         best_epoch=best_epoch,
         val_loss=math.nan if progress is None else float(progress.loss[i]),

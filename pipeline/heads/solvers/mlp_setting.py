@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.heads.tasks import TASK_WEIGHTS
+
 OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -67,6 +69,7 @@ class Training:
         precision: of the products into hidden layers: "bfloat16" (float32 parameters and sums),
             "float32", or "auto": bfloat16 where the hardware multiplies it. Products into the
             scores are float32.
+        task_weights: of several tasks: "equal", or "uncertainty", which learns them.
     """
 
     n_epochs: int = 50
@@ -77,6 +80,7 @@ class Training:
     seed: int = 0
     device: str | torch.device = "cpu"
     precision: str = "auto"
+    task_weights: str = "equal"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done."""
@@ -87,7 +91,11 @@ class Training:
             )
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience is {self.patience}, expected 1 or more epochs")
-        for name, known in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
+        for name, known in (
+            ("optimizer", OPTIMIZERS),
+            ("precision", PRECISIONS),
+            ("task_weights", TASK_WEIGHTS),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}"
@@ -129,6 +137,7 @@ class FittedMlp:
         best_epoch: whose parameters these are: that of the lowest validation loss, or the last.
         val_loss: at the best epoch, nats a sample; NaN without validation samples.
         failure: why its parameters are of no use, or "".
+        log_variances: one a task, where their weights were learned.
     """
 
     setting: MlpSetting
@@ -138,3 +147,4 @@ class FittedMlp:
     best_epoch: int
     val_loss: float
     failure: str = ""
+    log_variances: tuple[float, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from pipeline.heads.tasks import NO_LABEL
 
 Array = NDArray[Any]
 
@@ -20,7 +23,7 @@ class Samples:
     Attributes:
         x: (n_rows, n_features) or (n_rows, n_views, n_features), all rows.
         rows: (n,) of x; None for all of them.
-        y: (n,) class indices.
+        y: (n,) class indices; of several tasks (n, n_tasks), NO_LABEL where there is none.
         weights: (1 or n_members, n), each row of a mean of one.
     """
 
@@ -38,28 +41,30 @@ class Samples:
         rows: Array | None,
         weights: Array | None,
         n_members: int,
-        n_classes: int,
+        n_classes: int | Sequence[int],
     ) -> Samples:
         """Samples that fit together.
 
         Args:
             name: of X, for people.
             X: all rows.
-            y: (n_rows,).
+            y: (n_rows,), or (n_rows, n_tasks).
             rows: those that are meant; None for all.
             weights: (n_rows,) or (n_members, n_rows); None for ones.
             n_members: networks of the call.
-            n_classes: labels are below it.
+            n_classes: labels are below it; of several tasks, one number a task.
 
         Raises:
             ValueError: no rows, values that are not finite, labels or weights that do not fit.
         """
         x = as_float32(X)
         labels = np.asarray(y)
-        if x.ndim not in (2, 3) or not x.numel() or labels.shape != (len(x),):
+        several = () if isinstance(n_classes, int) else (len(n_classes),)
+        if x.ndim not in (2, 3) or not x.numel() or labels.shape != (len(x), *several):
+            wanted = f"(n_samples, {several[0]})" if several else "(n_samples,)"
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)} and its labels {labels.shape}, expected "
-                "(n_samples, n_features) or (n_samples, n_views, n_features), and (n_samples,)"
+                f"(n_samples, n_features) or (n_samples, n_views, n_features), and {wanted}"
             )
         check_finite(name, x)
         table = np.atleast_2d(np.asarray(np.ones(len(x)) if weights is None else weights, float))
@@ -72,11 +77,15 @@ class Samples:
             labels, table = labels[rows], table[:, rows]
         if not len(labels):
             raise ValueError(f"No rows of {name} were chosen, expected at least 1")
-        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= n_classes:
-            raise ValueError(
-                f"The labels of {name} are {labels.dtype} from {labels.min()} to {labels.max()}, "
-                f"expected class indices from 0 to {n_classes - 1}"
-            )
+        for t, (lowest, bound) in enumerate(
+            [(0, n_classes)] if isinstance(n_classes, int) else [(NO_LABEL, n) for n in n_classes]
+        ):
+            codes = labels.reshape(len(labels), -1)[:, t]
+            if codes.dtype.kind not in "iu" or codes.min() < lowest or codes.max() >= bound:
+                raise ValueError(
+                    f"The labels of {name} are {codes.dtype} from {codes.min()} to {codes.max()}, "
+                    f"expected class indices from {lowest} to {bound - 1}"
+                )
         chosen = None if rows is None else torch.from_numpy(np.array(rows, np.int64, order="C"))
         return cls(x, chosen, torch.tensor(labels.astype(np.int64)), mean_one(table, name))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,19 +16,30 @@ from pipeline.heads import head_class
 from pipeline.heads.base import Head, solver_device
 from pipeline.heads.features import StoredFeatures
 from pipeline.heads.folds import FIT_ERRORS
+from pipeline.heads.neighbours import Neighbours
 from pipeline.heads.scaling import Scaler, l2_normalise
+from pipeline.heads.solvers.mlp import Training
+from pipeline.heads.streaming.knn import StoredKNNHead, StoredSamples
 from pipeline.heads.streaming.moments import Moments, Parts, class_sums, gather
 from pipeline.heads.streaming.newton import Basis, LinearProblem, solve_linear
 from pipeline.heads.streaming.ridge import solve_ridge
 from pipeline.heads.streaming.rows import StoredRows
+from pipeline.heads.streaming.softmax import SoftmaxSteps
 
 Setting = Mapping[str, Any]
 Floats = NDArray[np.float64]
 
-STREAMED = ("logreg", "ridge", "svm", "prototype")
+Jobs = Sequence[tuple[int, int]]
+
+STREAMED = ("logreg", "linear", "ridge", "svm", "knn", "prototype")
 """Heads with settings that can be fitted this way."""
 
-_VECTORS = 12  # copies of its parameters that a problem of Newton steps holds at most
+_VECTORS = {"logreg": 12, "svm": 12, "linear": 7}
+"""Copies of its parameters that a problem of Newton or gradient steps holds at most."""
+_HELD_BYTES = 2.0**30
+_MIN_HELD_ROWS = 512
+_PRODUCT_BYTES = 24.0 * 512  # of a sample, with the queries that are multiplied at once
+_AGAIN_BYTES = 28.0 * 2**22  # while candidates are measured again
 _BLOCK_BYTES = 2.0**26
 _MIN_BLOCK_ROWS = 64
 _MAX_BLOCK_ROWS = 16_384
@@ -47,32 +60,47 @@ class MemoryPlan:
     Attributes:
         needed_bytes: what it takes at least.
         block_rows: rows of a block.
-        n_problems: of those solved by Newton steps, how many at a time.
+        n_problems: of those solved by Newton or gradient steps, how many at a time.
         gram_dtype: of the Gram matrix that preconditions them; None for none.
+        held_rows: that are held as they are stored: a shuffled part of an epoch, or the samples
+            whose neighbours are searched for in one pass. 1 where there is no need to.
     """
 
     needed_bytes: float
     block_rows: int
     n_problems: int
     gram_dtype: type[np.float32] | type[np.float64] | None
+    held_rows: int = 1
 
     @classmethod
     def of(
-        cls, name: str, n_features: int, n_classes: int, n_parts: int, n_settings: int, room: float
+        cls,
+        name: str,
+        n_features: int,
+        n_classes: int,
+        n_parts: int,
+        n_settings: int,
+        room: float,
+        n_neighbours: int = 0,
     ) -> MemoryPlan:
         """Part ``room`` bytes."""
         table = 8.0 * n_features * n_classes
         square = 8.0 * n_features**2
         row = 40.0 * n_features + (64 + 4 * n_settings) * n_classes
         kept = table * (n_parts + 1 + n_settings * max(1, n_parts - 1) / 2)
-        vectors = 0.0
+        vectors = _VECTORS.get(name, 0) * (table / 2 + 4 * n_classes)
+        held_row = 0.0
         gram_dtype: type[np.float32] | type[np.float64] | None = None
         if name == "ridge":
             kept += square * (n_parts + 2)
-        elif name != "prototype":
-            vectors = _VECTORS * (table / 2 + 4 * n_classes)
-        least = kept + vectors + _MIN_BLOCK_ROWS * row
-        if vectors:
+        elif name == "linear":
+            held_row = 8.0 * n_features  # and as much for the next ones
+        elif name == "knn":
+            kept = table * (n_parts + 1) + _AGAIN_BYTES
+            row += _PRODUCT_BYTES
+            held_row = 16.0 * n_features + 80.0 * (n_neighbours + 8)
+        least = kept + vectors + _MIN_BLOCK_ROWS * row + _MIN_HELD_ROWS * held_row
+        if name in ("logreg", "svm"):
             # Without a Gram matrix it works too, in more passes.
             fitting: list[tuple[type[np.float32] | type[np.float64], float]] = [
                 (dtype, size)
@@ -84,12 +112,16 @@ class MemoryPlan:
                 kept += size
         # What is freed is not all given back: a third of the rest stays unplanned.
         left = (room - kept - vectors) / 1.5
+        held_rows = 1
+        if held_row:
+            held_rows = int(max(_MIN_HELD_ROWS, min(_HELD_BYTES, left / 2) // held_row))
+            left -= held_rows * held_row
         block_bytes = min(_BLOCK_BYTES, left / 2)
         n_problems = 1 + int(max(0.0, left - block_bytes) // max(1.0, vectors))
         # A pass holds the scores of all problems at once.
         row += 32.0 * n_classes * (min(n_problems, n_settings) - 1 if vectors else 0)
         block_rows = int(min(max(block_bytes // row, _MIN_BLOCK_ROWS), _MAX_BLOCK_ROWS))
-        return cls(least, block_rows, n_problems, gram_dtype)
+        return cls(least, block_rows, n_problems, gram_dtype, held_rows)
 
 
 @dataclass(frozen=True)
@@ -177,19 +209,51 @@ class StreamedFit:
             return fitted + [self._ridge(i, part, heads[i], scaler) for i, part in jobs]
         if self.name == "prototype":
             return fitted + self._prototypes(heads, jobs, scaler)
+        if self.name == "knn":
+            return fitted + self._neighbours(heads, jobs, scaler)
+        if self.name == "linear":
+            return fitted + self._gradient(heads, jobs, scaler)
         for first in range(0, len(jobs), self.plan.n_problems):
             batch = jobs[first : first + self.plan.n_problems]
             fitted += self._newton(heads, batch, scaler, start)
         return fitted
 
+    def queries(self, wanted: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.intp], Any]]:
+        """One pass over samples that will be scored; as many at a time as the plan allows."""
+        return self.rows.gathered(wanted, self.plan.held_rows if self.name == "knn" else 1)
+
+    def logits(
+        self, heads: Mapping[int, Head], X: NDArray[np.float32]
+    ) -> Iterator[tuple[slice, dict[int, Any]]]:
+        """Scores of some heads, fitted on the same samples.
+
+        Args:
+            heads: by setting.
+            X: (n, n_features), scaled.
+
+        Yields:
+            Rows of X, and their scores (n_rows, n_classes) by setting.
+        """
+        if self.name != "knn":
+            yield slice(None), {i: head.logits(X) for i, head in heads.items()}
+            return
+        asked: list[Any] = list(heads.values())
+        found = StoredKNNHead.neighbours(asked, X)
+        for start in range(0, len(X), self.plan.block_rows):
+            own = slice(start, start + self.plan.block_rows)
+            part = {
+                metric: Neighbours(one.index[own], one.similarity[own])
+                for metric, one in found.items()
+            }
+            shares = StoredKNNHead.shares(asked, part)
+            yield own, {i: np.log(one) for i, one in zip(heads, shares, strict=True)}
+
     def _gram_tables(self) -> tuple[Floats, dict[tuple[str, int], list[int]]]:
         """Weights (n_grams, n_parts, n_classes), and which to add up for a fit."""
         parts = self.parts
         shape = (parts.n_parts, parts.n_classes)
-        if self.name == "prototype" or (self.name != "ridge" and self.plan.gram_dtype is None):
-            return np.zeros((0, *shape)), {}
         if self.name != "ridge":
-            return np.ones((1, *shape)), {}
+            return np.ones((int(self.plan.gram_dtype is not None), *shape)), {}
         tables: list[Floats] = []
         places: dict[tuple[str, int], list[int]] = {}
         weights = {repr(w): w for w in (s.get("class_weight") for s in self.settings)}
@@ -229,7 +293,7 @@ class StreamedFit:
     def _newton(
         self,
         heads: Mapping[int, Any],
-        jobs: Sequence[tuple[int, int]],
+        jobs: Jobs,
         scaler: Scaler,
         start: tuple[Head, Scaler] | None,
     ) -> list[Fitted]:
@@ -261,9 +325,82 @@ class StreamedFit:
             done.append(Fitted(i, part, head))
         return done
 
-    def _prototypes(
-        self, heads: Mapping[int, Any], jobs: Sequence[tuple[int, int]], scaler: Scaler
-    ) -> list[Fitted]:
+    def _gradient(self, heads: Mapping[int, Any], jobs: Jobs, scaler: Scaler) -> list[Fitted]:
+        """Softmax layers: those that train alike share their passes, an epoch each."""
+        companies: defaultdict[Any, list[int]] = defaultdict(list)
+        for i, part in jobs:
+            training = heads[i].training(solver_device(heads[i].device))
+            companies[part, training, repr(heads[i].class_weight)].append(i)
+        fitted = []
+        for (part, training, _), members in companies.items():
+            for first in range(0, len(members), self.plan.n_problems):
+                chosen = members[first : first + self.plan.n_problems]
+                weights = self.parts.weights(part, heads[chosen[0]].class_weight)
+                known = _known(self.parts, weights)
+                settings = [heads[i].member() for i in chosen]
+                steps = SoftmaxSteps(
+                    settings, self.rows.n_features, len(known),
+                    optimizer=training.optimizer, device=training.device,
+                )  # fmt: skip
+                self._train(steps, training, weights, known, scaler)
+                for place, i in enumerate(chosen):
+                    failure = steps.failure(place)
+                    if failure:
+                        fitted.append(Fitted(i, part, failure=f"ArithmeticError: {failure}"))
+                        continue
+                    head = self._finish(type(heads[i])(**heads[i].get_params()), known)
+                    head.weight_, head.bias_ = steps.arrays(place)
+                    head.n_iter_ = training.n_epochs
+                    fitted.append(Fitted(i, part, head))
+        return fitted
+
+    def _train(
+        self,
+        steps: SoftmaxSteps,
+        training: Training,
+        weights: Floats,
+        known: NDArray[np.intp],
+        scaler: Scaler,
+    ) -> None:
+        """All epochs. Where a block holds all rows, the batches are those of a fit in memory."""
+        by_sample = weights[self.parts.numbers, self.parts.codes]
+        by_sample[self.parts.numbers < 0] = 0.0
+        wanted = by_sample > 0
+        by_sample /= by_sample[wanted].mean()
+        n_batches = math.ceil(wanted.sum() / training.batch_size)
+        held_rows = max(1, self.plan.held_rows // training.batch_size) * training.batch_size
+        order = torch.Generator().manual_seed(training.seed)
+        stretches = np.random.default_rng(training.seed)
+        for _ in range(training.n_epochs):
+            for samples, raw in self.rows.shuffled(wanted, held_rows, stretches):
+                mixed = torch.randperm(len(samples), generator=order).numpy()
+                for start in range(0, len(mixed), training.batch_size):
+                    batch = mixed[start : start + training.batch_size]
+                    own = samples[batch]
+                    steps.step(
+                        scaler(raw[batch]),
+                        np.searchsorted(known, self.parts.codes[own]),
+                        by_sample[own],
+                        training.lr_factor(steps.n_steps, n_batches * training.n_epochs),
+                    )
+
+    def _neighbours(self, heads: Mapping[int, Any], jobs: Jobs, scaler: Scaler) -> list[Fitted]:
+        """Nothing is learned but where the samples are."""
+        fitted = []
+        for part in dict.fromkeys(part for _, part in jobs):
+            chosen = [i for i, own in jobs if own == part]
+            weights = self.parts.weights(part, None)
+            seen = (self.parts.numbers >= 0) & (weights[self.parts.numbers, self.parts.codes] > 0)
+            samples = np.flatnonzero(seen)
+            stored = StoredSamples(self.rows, samples, scaler, self._mean(weights, scaler))
+            made = StoredKNNHead.over(
+                [heads[i] for i in chosen], stored, self.parts.codes[samples],
+                self._variance(weights, scaler),
+            )  # fmt: skip
+            fitted += [Fitted(i, part, head) for i, head in zip(chosen, made, strict=True)]
+        return fitted
+
+    def _prototypes(self, heads: Mapping[int, Any], jobs: Jobs, scaler: Scaler) -> list[Fitted]:
         """The mean of each class, after the head's own scaling."""
         tables = [self.parts.weights(part, None) for _, part in jobs]
         means = [
@@ -301,6 +438,15 @@ class StreamedFit:
             mean = (mean - scaler.mean) / scaler.scale
         result: NDArray[np.float32] = mean.astype(np.float32)
         return result
+
+    def _variance(self, weights: Floats, scaler: Scaler) -> float:
+        """Mean squared distance to their mean of the scaled samples of the parts with a weight."""
+        parts = weights.any(axis=1)
+        total = self.moments.counts[parts].sum()
+        mean = self.moments.sums[parts].sum(axis=(0, 1)) / total
+        variance = self.moments.squares[parts].sum(axis=0) / total - np.square(mean)
+        scale = 1.0 if scaler.scale is None else np.square(scaler.scale)
+        return float((np.maximum(variance, 0) / scale).sum())
 
 
 def _known(parts: Parts, weights: Floats) -> NDArray[np.intp]:

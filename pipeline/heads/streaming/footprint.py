@@ -25,7 +25,7 @@ _SCORES = 12  # tables of scores that Newton's steps hold
 _BATCH_BYTES = 2**25  # of one such table, where one problem needs less
 _KERNELS_BYTES = 2**30  # kernels that are made at a time
 _CACHE_BYTES = 500e6  # of libsvm
-_SEARCH_NUMBERS = 2**24  # float64, of candidates that are measured again
+_SEARCH_NUMBERS = 2**22  # float64, of candidates that are measured again
 _SCALER_ROWS = 8192
 _SEARCH_ROWS = 8192
 _SEARCH_QUERIES = 512
@@ -235,8 +235,9 @@ def _search(heads: Sequence[Any], size: FitSize) -> float:
     rows = min(_SEARCH_ROWS, size.n_fitted)
     block = 4.0 * rows * size.n_features
     products = 6 * 4.0 * rows * min(n_queries, _SEARCH_QUERIES)
-    again = min(_SEARCH_NUMBERS, _SEARCH_QUERIES * (k + 8) * size.n_features)
-    found = 32.0 * n_queries * (k + 8)
+    again = min(_SEARCH_NUMBERS, n_queries * (k + 8) * size.n_features)
+    # Candidates by each metric, with the places of those that are measured again, and the result.
+    found = 48.0 * len({head.metric for head in heads}) * n_queries * (k + 8)
     return max(5 * block, block + products + 28.0 * again) + found
 
 

@@ -75,6 +75,25 @@ class Moments:
     squares: Floats
     grams: list[Array]
 
+    @classmethod
+    def empty(cls, shift: Floats, n_classes: int) -> Moments:
+        """Of no samples yet, in one part with one Gram matrix."""
+        d = len(shift)
+        gram = np.zeros((d, d), order="F")
+        return cls(shift, np.zeros((1, n_classes)), np.zeros((1, n_classes, d)),
+                   np.zeros((1, d)), [gram])  # fmt: skip
+
+    def add(self, X: Array, codes: NDArray[np.intp], weights: Floats) -> None:
+        """Add samples X (n, n_features) of classes (n,), as often as their weights (n,) say."""
+        rows = X.astype(np.float64) - self.shift
+        weighted = rows * weights[:, None]
+        n_classes = self.counts.shape[1]
+        self.counts[0] += np.bincount(codes, weights, minlength=n_classes)
+        self.sums[0] += class_sums(weighted, codes.astype(np.int64), n_classes)
+        self.squares[0] += np.einsum("ij,ij->j", weighted, rows)
+        rows *= np.sqrt(weights)[:, None]
+        dsyrk(1.0, rows.T, beta=1.0, c=self.grams[0], overwrite_c=True)
+
     def scaler(self, kind: str, widths: tuple[int, ...], parts: list[int]) -> Scaler:
         """The scaling that some parts teach; as :func:`pipeline.heads.scaling.fit_scaler`."""
         if kind != "standardise":
