@@ -43,6 +43,7 @@ class HeadSpec:
             now and then; None for all.
         calibrated: True where its scores are no log-probabilities that were fitted as such, so
             that a temperature is fitted on the samples that choose its setting.
+        views: whether it learns from all stored views of a sample, one drawn at each step.
     """
 
     module: str
@@ -52,16 +53,21 @@ class HeadSpec:
     scalings: tuple[str, ...] = ("standardise", "l2")
     together: int | None = None
     calibrated: bool = False
+    views: bool = False
 
 
 HEADS: dict[str, HeadSpec] = {
     "logreg": HeadSpec("logistic", "LogisticHead", "multinomial logistic regression"),
     "linear": HeadSpec(
-        "linear", "LinearHead", "softmax layer trained by gradient steps", together=16
+        "linear", "LinearHead", "softmax layer trained by gradient steps", together=16, views=True
     ),
     "svm": HeadSpec("svm", "SVMHead", "support vectors, linear or RBF kernel", calibrated=True),
     "mlp": HeadSpec(
-        "mlp", "MLPHead", "network with hidden layers, trained by gradient steps", together=8
+        "mlp",
+        "MLPHead",
+        "network with hidden layers, trained by gradient steps",
+        together=8,
+        views=True,
     ),
     "ridge": HeadSpec("ridge", "RidgeHead", "least squares on ±1 targets", calibrated=True),
     "knn": HeadSpec(

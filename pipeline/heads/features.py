@@ -97,8 +97,17 @@ class StoredFeatures:
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
-    def read(self) -> NDArray[np.float32]:
+    @property
+    def n_views(self) -> int:
+        """Views a sample; 1 where the stores differ in it."""
+        numbers = {store.n_views for store in self.stores}
+        return numbers.pop() if len(numbers) == 1 else 1
+
+    def read(self, view: int = 0) -> NDArray[np.float32]:
         """All of them: (n_samples, n_features).
+
+        Args:
+            view: 0 is the plain one.
 
         Raises:
             ResourceError: they do not fit into memory.
@@ -112,7 +121,7 @@ class StoredFeatures:
             for store, names, rows, width in zip(
                 self.stores, self.layers, self.rows, self.widths, strict=True
             ):
-                X[:, start : start + width] = store.features(layers=names)[rows]
+                X[:, start : start + width] = store.features(layers=names, view=view)[rows]
                 start += width
         except MemoryError as error:
             raise self._too_large() from error
@@ -173,6 +182,20 @@ class HeadInputs:
         """
         return self.features.read()
 
+    @cached_property
+    def X_views(self) -> NDArray[np.float32]:  # noqa: N802
+        """(n_samples, n_views, n_features), read when first asked for; view 0 is ``X``.
+
+        Raises:
+            ResourceError: the features do not fit into memory.
+        """
+        others = (self.features.read(view) for view in range(1, self.features.n_views))
+        return np.stack([self.X, *others], axis=1)
+
+    def matrix(self, with_views: bool) -> NDArray[np.float32]:
+        """``X_views`` for a head that learns from views, where there are several; else ``X``."""
+        return self.X_views if with_views and self.features.n_views > 1 else self.X
+
     @property
     def widths(self) -> tuple[int, ...]:
         """Features of each layer of each block."""
@@ -213,9 +236,11 @@ class HeadInputs:
             tuple(self.features.rows[place] for place in used),
         )
         taken = replace(self, features=features, blocks=tuple(blocks))
-        if "X" in vars(self):  # no need to read it again
-            parts = [self.X[:, ends[i] : ends[i + 1]] for i in chosen]
-            vars(taken)["X"] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        for name in ("X", "X_views"):
+            if name in vars(self):  # no need to read it again
+                whole = getattr(self, name)
+                parts = [whole[..., ends[i] : ends[i + 1]] for i in chosen]
+                vars(taken)[name] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
         return taken
 
     def digest(self, column: str | None = None) -> str:

@@ -80,6 +80,16 @@ def fit_one_by_one(
         yield from Parallel(n_jobs=-1, prefer="threads", return_as="generator")(tasks)
 
 
+def plain_view(X: Array) -> Array:
+    """View 0 of (n_samples, n_views, n_features), or X itself."""
+    return X[:, 0] if X.ndim == 3 else X
+
+
+def fit_on(head: Head, X: Array, y: Array) -> Head:
+    """Fit a head on (n_samples, n_features), or on several views of each sample."""
+    return head.fit_views(X, y) if X.ndim == 3 else head.fit(X, y)
+
+
 def fit_fold(
     cls: type[Head],
     setting: Mapping[str, Any],
@@ -93,8 +103,8 @@ def fit_fold(
     """Fit setting number ``i`` on fold number ``f`` and score the rows that choose."""
     started = time.perf_counter()
     try:
-        head = cls(**setting).fit(X[part.fit], y[part.fit])
-        logits = head.logits(X[part.choose])
+        head = fit_on(cls(**setting), X[part.fit], y[part.fit])
+        logits = head.logits(plain_view(X)[part.choose])
     except FIT_ERRORS as error:
         failure = f"{type(error).__name__}: {error}"
         return FoldResult(i, f, time.perf_counter() - started, failure=failure)

@@ -22,7 +22,7 @@ from pipeline.heads.base import (
     softmax,
     solver_device,
 )
-from pipeline.heads.folds import FIT_ERRORS, Fold, FoldResult, fit_fold, fold_result
+from pipeline.heads.folds import FIT_ERRORS, Fold, FoldResult, fit_fold, fold_result, plain_view
 from pipeline.heads.solvers.mlp import FittedMlp, MlpSetting, Training, fit_mlps, mlp_logits
 
 Indices = NDArray[np.intp]
@@ -165,7 +165,7 @@ class GradientHead(Head):
                     continue
                 seconds = (time.perf_counter() - started) / len(company)
                 device = solver_device(heads[company[0]].device)
-                scores = _scores(models, X[part.choose], device)
+                scores = _scores(models, plain_view(X)[part.choose], device)
                 for i, model, logits in zip(company, models, scores, strict=True):
                     if model.failure:
                         yield FoldResult(i, f, seconds, failure=f"ArithmeticError: {model.failure}")

@@ -18,8 +18,8 @@ Array = NDArray[Any]
 
 
 def l2_normalise(X: Array) -> Array:
-    """Rows of length one; a row of zeros stays one."""
-    norms = np.sqrt(np.square(X).sum(axis=1, keepdims=True))
+    """Rows of length one along the last axis; a row of zeros stays one."""
+    norms = np.sqrt(np.square(X).sum(axis=-1, keepdims=True))
     result: Array = X / np.maximum(norms, np.finfo(X.dtype).tiny)
     return result
 
@@ -42,7 +42,7 @@ class Scaler:
     scale: NDArray[np.float64] | None = None
 
     def __call__(self, X: Array) -> NDArray[np.float32]:
-        """Scale X (n_samples, n_features) into a new float32 array."""
+        """Scale X (n_samples, n_features), or (…, n_features), into a new float32 array."""
         if self.kind == "standardise":
             assert self.mean is not None
             assert self.scale is not None
@@ -53,7 +53,8 @@ class Scaler:
         if self.kind == "l2":
             start = 0
             for width in self.widths:
-                result[:, start : start + width] = l2_normalise(result[:, start : start + width])
+                block = result[..., start : start + width]
+                block[...] = l2_normalise(block)
                 start += width
         return result
 

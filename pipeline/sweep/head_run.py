@@ -234,10 +234,7 @@ def finish_run(
     clock = Clock(seconds)
     candidate = selection.best.candidate
     inputs = take_layers(data.inputs, candidate.layers)
-    model = refit(
-        selection.best, inputs.X, data.codes, data.protocol,
-        classes=data.known, widths=inputs.widths,
-    )  # fmt: skip
+    model = refit(selection.best, inputs, data.codes, data.protocol, data.known)
     clock.lap("fit")
     scored = _score(model, inputs, data, selection)
     clock.lap("score")
@@ -263,7 +260,7 @@ def finish_run(
         split_origin=data.split_origin,
         seconds=clock.seconds(),
         data_digest=inputs.digest(),
-        notes=fit_notes(model, selection, data),
+        notes=[*view_notes(candidate.head, inputs), *fit_notes(model, selection, data)],
     )
 
 
@@ -331,6 +328,23 @@ def _score(model: HeadModel, inputs: HeadInputs, data: Prepared, selection: Sele
 def _padded(probabilities: NDArray[np.float64], n_classes: int) -> NDArray[np.float64]:
     """Zero probability for classes that the model does not know."""
     return np.pad(probabilities, ((0, 0), (0, n_classes - probabilities.shape[1])))
+
+
+def view_notes(head: str, inputs: HeadInputs, *, plain_only: bool = False) -> list[str]:
+    """Which stored views a head has learned from, where there are several.
+
+    Args:
+        head: its name.
+        inputs: its features.
+        plain_only: it was fitted in a way that reads no other views.
+    """
+    n_views = inputs.features.n_views
+    if not HEADS[head].views or n_views == 1:
+        return []
+    if plain_only:
+        why = "fits from disk and of several labels use no other"
+        return [f"Learned from the plain view alone of {n_views} that are stored: {why}."]
+    return [f"Learned from all {n_views} stored views of each sample, scored on the plain one."]
 
 
 def fit_notes(model: HeadModel, selection: Selection, data: Prepared) -> list[str]:

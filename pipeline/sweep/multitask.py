@@ -22,7 +22,7 @@ from pipeline.heads.tasks import NO_LABEL, TASK_WEIGHTS, task_slices
 from pipeline.runs.tasks import MEAN_NOTE, TaskResult, mean_scores, score_task
 from pipeline.sweep.columns import LabelColumn
 from pipeline.sweep.grids import GRIDS, Setting
-from pipeline.sweep.head_run import Clock, FittedRun, fit_notes
+from pipeline.sweep.head_run import Clock, FittedRun, fit_notes, view_notes
 from pipeline.sweep.prepare import Prepared, plan
 from pipeline.sweep.search import Selection
 from pipeline.sweep.selection import Scaled, scale
@@ -152,6 +152,7 @@ def fit_multitask(
             *data.inputs.notes,
             *(note for column in columns for note in column.notes(data.protocol)),
             *data.leak_notes(),
+            *view_notes(head, data.inputs, plain_only=True),
             *fit_notes(model, selection, data),
             *([MEAN_NOTE] if scores else []),
         ],

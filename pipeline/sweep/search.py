@@ -63,7 +63,7 @@ class Search:
     deadline: float | None = None
     journal: Journal | None = None
     on_trial: Callable[[Trial], None] = lambda _: None
-    _matrices: dict[Frame, Scaled] = field(default_factory=dict)
+    _matrices: dict[tuple[Frame, bool], Scaled] = field(default_factory=dict)
 
     def run(self, proposals: Proposals) -> Selection:
         """Try what is proposed.
@@ -139,7 +139,9 @@ class Search:
             else:
                 fresh.append(candidate)
         for (layers, scaling), group in groupby(sorted(fresh, key=_frame), key=_frame):
-            for trial, probabilities in try_candidates(list(group), self._matrix(layers, scaling)):
+            some = list(group)
+            matrix = self._matrix((layers, scaling), some[0].head)
+            for trial, probabilities in try_candidates(some, matrix):
                 if self.journal is not None:
                     self.journal.add(self.data.seed, trial)
                 yield trial, probabilities
@@ -147,7 +149,7 @@ class Search:
     def _once_more(self, trial: Trial) -> tuple[Trial, NDArray[np.float64]]:
         """A trial of an earlier process, with its probabilities."""
         candidate = trial.candidate
-        matrix = self._matrix(candidate.layers, candidate.scaling)
+        matrix = self._matrix(_frame(candidate), candidate.head)
         ((again, probabilities),) = try_candidates([candidate], matrix)
         if probabilities is None:
             raise TlpipeError(f"{candidate.describe()} failed the second time: {again.failure}")
@@ -159,16 +161,19 @@ class Search:
             return candidate
         return replace(candidate, setting={"seed": self.data.seed} | candidate.setting)
 
-    def _matrix(self, layers: tuple[str, ...], scaling: str) -> Scaled:
-        if (layers, scaling) not in self._matrices:
+    def _matrix(self, frame: Frame, head: str) -> Scaled:
+        layers, scaling = frame
+        with_views = HEADS[head].views and self.data.inputs.features.n_views > 1
+        key = frame, with_views
+        if key not in self._matrices:
             while len(self._matrices) >= _KEPT_MATRICES:
                 self._matrices.pop(next(iter(self._matrices)))
             part = take_layers(self.data.inputs, layers)
-            self._matrices[layers, scaling] = scale(
-                part.X, self.data.codes, self.data.protocol,
+            self._matrices[key] = scale(
+                part.matrix(with_views), self.data.codes, self.data.protocol,
                 n_classes=len(self.data.known), scaling=scaling, widths=part.widths,
             )  # fmt: skip
-        return self._matrices[layers, scaling]
+        return self._matrices[key]
 
 
 def _common(candidates: Sequence[Candidate]) -> Candidate:

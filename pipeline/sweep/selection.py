@@ -13,7 +13,8 @@ from pipeline.errors import TlpipeError
 from pipeline.heads import HEADS, head_class, make_head
 from pipeline.heads.base import softmax
 from pipeline.heads.calibration import fit_temperature
-from pipeline.heads.folds import FIT_ERRORS, Fold, FoldResult, fit_one_by_one
+from pipeline.heads.features import HeadInputs
+from pipeline.heads.folds import FIT_ERRORS, Fold, FoldResult, fit_on, fit_one_by_one, plain_view
 from pipeline.heads.metrics import evaluate
 from pipeline.heads.model import HeadModel
 from pipeline.heads.scaling import fit_scaler
@@ -28,7 +29,8 @@ class Scaled:
     """Features that are ready to be fitted on.
 
     Attributes:
-        X: (n_rows, n_features) float32, of the rows that some fold uses.
+        X: (n_rows, n_features) float32, or with views (n_rows, n_views, n_features); of the rows
+            that some fold uses.
         y: (n_rows,), class codes.
         folds: rows of X.
         rows: (n_choose,), rows of the data, in the order in which the folds choose.
@@ -60,7 +62,7 @@ def scale(
     its features, never its label.
 
     Args:
-        X: (n_samples, n_features), raw.
+        X: (n_samples, n_features) or (n_samples, n_views, n_features), raw; view 0 scales all.
         codes: (n_samples,).
         protocol: who fits and who chooses; at least one fold.
         n_classes: how many codes there are.
@@ -70,7 +72,7 @@ def scale(
     folds = protocol.folds
     used = np.unique(np.concatenate([rows for fold in folds for rows in (fold.fit, fold.choose)]))
     learned_on = folds[0].fit if len(folds) == 1 else protocol.train
-    scaler = fit_scaler(X[learned_on], scaling, widths)
+    scaler = fit_scaler(plain_view(X)[learned_on], scaling, widths)
     chosen = np.concatenate([fold.choose for fold in folds])
     return Scaled(
         scaler(X[used]),
@@ -149,32 +151,26 @@ def _judge(
 
 
 def refit(
-    best: Trial,
-    X: Array,
-    codes: Array,
-    protocol: Protocol,
-    *,
-    classes: Sequence[str],
-    widths: Sequence[int],
+    best: Trial, inputs: HeadInputs, codes: Array, protocol: Protocol, classes: Sequence[str]
 ) -> HeadModel:
     """Fit the chosen candidate on train and, where it was given, val; train alone scales.
 
     Args:
         best: what was chosen.
-        X: (n_samples, n_features), of its layers, raw.
+        inputs: features of its layers.
         codes: (n_samples,).
         protocol: what is fitted on.
         classes: names of the codes.
-        widths: features of each block.
 
     Raises:
         TlpipeError: the setting cannot be fitted on all of it.
     """
     candidate = best.candidate
-    scaler = fit_scaler(X[protocol.train], candidate.scaling, widths)
+    scaler = fit_scaler(inputs.X[protocol.train], candidate.scaling, inputs.widths)
+    X = inputs.matrix(HEADS[candidate.head].views)
     head = make_head(candidate.head, **candidate.setting)
     try:
-        head.fit(scaler(X[protocol.refit]), codes[protocol.refit])
+        fit_on(head, scaler(X[protocol.refit]), codes[protocol.refit])
     except FIT_ERRORS as error:
         raise TlpipeError(
             f"Head {candidate.head!r} with {candidate.describe()} could not be fitted on all "

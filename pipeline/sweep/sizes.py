@@ -112,9 +112,7 @@ def _accuracy(data: Prepared, kept: NDArray[np.intp], best: Trial, seed: int) ->
         frames = [(candidate.layers, candidate.scaling)]
         settings = [candidate.setting, *GRIDS["quick"][candidate.head]]
         best = Search(few).run(Grid(candidate.head, settings, frames)).best
-    model = refit(
-        best, inputs.X, data.codes, few.protocol, classes=data.known, widths=inputs.widths
-    )
+    model = refit(best, inputs, data.codes, few.protocol, data.known)
     test = data.protocol.test
     predicted = model.predict_proba(inputs.X[test]).argmax(axis=1)
     return float((predicted == data.codes[test]).mean())

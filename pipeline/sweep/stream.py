@@ -28,7 +28,7 @@ from pipeline.heads.streaming.moments import Parts
 from pipeline.heads.streaming.outcomes import Outcomes
 from pipeline.runs.predictions import Predictions
 from pipeline.sweep.grids import Setting
-from pipeline.sweep.head_run import Clock, HeadRun, fit_notes
+from pipeline.sweep.head_run import Clock, HeadRun, fit_notes, view_notes
 from pipeline.sweep.prepare import Prepared
 from pipeline.sweep.search import Selection
 from pipeline.sweep.trials import Candidate, Trial
@@ -398,7 +398,10 @@ class _Streamed:
             split_origin=data.split_origin,
             seconds=clock.seconds(),
             data_digest=inputs.digest(),
-            notes=fit_notes(model, selection, data),
+            notes=[
+                *view_notes(selection.best.candidate.head, data.inputs, plain_only=True),
+                *fit_notes(model, selection, data),
+            ],
         )
 
 

@@ -8,9 +8,7 @@ import torch
 from sklearn.neural_network import MLPClassifier
 from torch.nn.functional import cross_entropy
 
-from pipeline.errors import UsageError
 from pipeline.heads.solvers.mlp import MlpSetting, Training, fit_mlps, mlp_logits
-from pipeline.heads.solvers.softmax import layer_columns, softmax_grid
 
 QUICK = Training(n_epochs=4, batch_size=32, precision="float32")
 
@@ -217,33 +215,6 @@ def test_views_are_drawn_by_the_seed():
     assert not same(train(views, 0), train(views[:, :1], 0))
 
 
-# Softmax layers
-
-
-def test_a_layer_set_sees_its_columns_alone():
-    X, y = blobs()
-    members = softmax_grid([0.1, 0.01], [0.0, 0.1], [[1], [0, 2]], widths=[4, 3, 5])
-
-    models = fit_mlps(X, y, members, n_classes=3, training=QUICK)
-
-    seen = [X[:, 4:7], np.delete(X, range(4, 7), axis=1)] * 4
-    for member, model, part in zip(members, models, seen, strict=True):
-        alone = MlpSetting((), lr=member.lr, weight_decay=member.weight_decay)
-        (expected,) = fit_mlps(part, y, [alone], n_classes=3, training=QUICK)
-        np.testing.assert_allclose(model.weights[0], expected.weights[0], atol=1e-5)
-        np.testing.assert_allclose(
-            mlp_logits([model], X), mlp_logits([expected], part), rtol=1e-4, atol=1e-4
-        )
-
-
-def test_neighbouring_layers_are_one_range():
-    assert layer_columns([4, 3, 5], [1, 0]) == ((0, 7),)
-    assert layer_columns([4, 3, 5], [2, 0]) == ((0, 4), (7, 12))
-    assert layer_columns([4, 3, 5], []) == ()
-    with pytest.raises(UsageError, match="no layer 3: X has 3, from 0"):
-        layer_columns([4, 3, 5], [3])
-
-
 # Degenerate input
 
 
@@ -294,5 +265,3 @@ def test_settings_that_do_not_fit_are_refused():
         Training(optimizer="lion")
     with pytest.raises(ValueError, match="needs X_val and y_val"):
         fit_mlps(X, y, [MlpSetting()], n_classes=3, training=Training(patience=2))
-    with pytest.raises(ValueError, match="but X has 12 features"):
-        fit_mlps(X, y, [MlpSetting(columns=((0, 13),))], n_classes=3, training=QUICK)

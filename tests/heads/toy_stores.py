@@ -24,21 +24,24 @@ def make_store(
     contents: Sequence[str] | None = None,
     backbone: str = "toy",
     dtype: str = "float16",
+    n_views: int = 1,
 ) -> Store:
     """Write and open a store.
 
     Args:
         folder: made.
-        layers: (n, ...) features by layer.
+        layers: (n, ...) features by layer; with several views (n, n_views, ...).
         labels: labels by column.
         splits: of each sample.
         ids: of each sample; numbered by default.
         contents: equal where the images are; the ids by default.
         backbone: goes into the recipe, and so into the key.
         dtype: of the stored features.
+        n_views: views a sample.
     """
     ids = list(ids) if ids is not None else [f"{i:05d}.png" for i in range(len(splits))]
-    infos = {name: LayerInfo(values.shape[1:], dtype) for name, values in layers.items()}
+    layers = {name: values if n_views > 1 else values[:, None] for name, values in layers.items()}
+    infos = {name: LayerInfo(values.shape[2:], dtype) for name, values in layers.items()}
     nowhere = np.full(len(ids), -1, np.int64)
     table = SampleTable.pending(
         ids,
@@ -49,11 +52,12 @@ def make_store(
     )
     recipe = {"schema": 1, "backbone": backbone}
     source = {"name": "toys", "spec": "toys/", "root": "toys", "split_origin": "given"}
-    with StoreWriter(folder, recipe, infos, source, provenance={"backbone": ORIGIN}) as writer:
+    made_by = {"backbone": ORIGIN}
+    with StoreWriter(folder, recipe, infos, source, provenance=made_by, n_views=n_views) as writer:
         writer.begin(table)
         for i, content in enumerate(contents if contents is not None else ids):
             digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
-            row = {name: values[i][None].astype(dtype) for name, values in layers.items()}
+            row = {name: values[i].astype(dtype) for name, values in layers.items()}
             writer.add(LogEntry(ids[i], Status.OK, digest, 1, 1), row)
         writer.finish()
     return open_store(folder)

@@ -3,7 +3,7 @@
 Networks of one shape are a stack. The stack reads a mini-batch once and multiplies it by the first
 layers of all its members side by side, later layers are one batched product, and the update runs
 over views of the stacked parameters. Members differ in width, depth, dropout, learning rate, weight
-decay, label smoothing, seed, and in the columns of X and the samples that they see.
+decay, label smoothing, seed, and in the samples that they see.
 
 The order of the samples belongs to the call (``Training.seed``), the starting weights and dropout
 to the member (``MlpSetting.seed``): what a member learns does not depend on who else is trained.
@@ -27,7 +27,7 @@ from torch.optim.adamw import adamw
 
 from pipeline.heads.solvers.mlp_loss import Objective, mean_over_tasks
 from pipeline.heads.solvers.mlp_setting import FittedMlp, MlpSetting, Training
-from pipeline.heads.solvers.samples import Samples, as_float32, columns_of
+from pipeline.heads.solvers.samples import Samples, as_float32
 from pipeline.heads.tasks import task_slices
 
 __all__ = ["FittedMlp", "MlpSetting", "Training", "fit_mlps", "mlp_logits"]
@@ -82,7 +82,7 @@ def fit_mlps(
         as if it had not been there.
 
     Raises:
-        ValueError: no samples, values that are not finite, labels, weights or columns that do not
+        ValueError: no samples, values that are not finite, labels or weights that do not
             fit, or patience without validation samples.
     """
     training = training or Training()
@@ -132,7 +132,7 @@ def mlp_logits(
 
     Args:
         models: of any shapes, with the same classes.
-        X: (n_samples, n_features), all columns; each model takes its own.
+        X: (n_samples, n_features).
         device: a torch device.
     """
     x = as_float32(X)
@@ -148,7 +148,7 @@ def mlp_logits(
             dtype=torch.float32,
         )
         for rows in stack.blocks(len(x)):
-            block = stack.score(columns_of(x[rows].to(device), stack.settings[0].columns))
+            block = stack.score(x[rows].to(device))
             scores[group, rows] = block.cpu().numpy()
     return scores
 
@@ -163,24 +163,18 @@ def _gather(arrays: Sequence[Array], device: str | torch.device) -> Tensor:
 def _groups(
     members: Sequence[MlpSetting], n_features: int, n_outputs: int, *, n_parts: int = 1
 ) -> Iterator[NDArray[np.intp]]:
-    """Members of one shape and one set of columns, as many as fit into a stack.
+    """Members of one shape, as many as fit into a stack.
 
     Where there are enough, those of one shape are ``n_parts`` stacks or more.
     """
     by_shape: defaultdict[Any, list[int]] = defaultdict(list)
     for i, setting in enumerate(members):
-        by_shape[setting.hidden, setting.columns].append(i)
-    for (hidden, columns), group in by_shape.items():
-        if any(not 0 <= start < stop <= n_features for start, stop in columns):
-            raise ValueError(f"A member sees columns {columns}, but X has {n_features} features")
-        widths = [_n_inputs(columns, n_features), *hidden, n_outputs]
+        by_shape[setting.hidden].append(i)
+    for hidden, group in by_shape.items():
+        widths = [n_features, *hidden, n_outputs]
         member_bytes = 4 * _STATES * sum(a * b for a, b in pairwise(widths))
         n_stacks = max(n_parts, math.ceil(len(group) * member_bytes / _STACK_BYTES))
         yield from np.array_split(np.array(group), min(n_stacks, len(group)))
-
-
-def _n_inputs(columns: tuple[tuple[int, int], ...], n_features: int) -> int:
-    return sum(stop - start for start, stop in columns) or n_features
 
 
 @dataclass
@@ -217,7 +211,7 @@ class _Stack:
         """He's uniform weights for hidden layers, small ones for the last, zeros for biases."""
         settings = [members[i] for i in group]
         hidden = settings[0].hidden
-        widths = [_n_inputs(settings[0].columns, n_features), *hidden, n_outputs]
+        widths = [n_features, *hidden, n_outputs]
         # Drawn on the processor, so that every device starts from the same weights.
         draws = [torch.Generator().manual_seed(setting.seed) for setting in settings]
         weights = []
@@ -439,7 +433,7 @@ def _train(
     objective = Objective.of(tasks, stack.settings, device)
     batches = _Batches(train, training)
     for epoch in range(1, training.n_epochs + 1):
-        for step, places, x, y in batches.epoch(epoch, stack.settings[0].columns, device):
+        for step, places, x, y in batches.epoch(epoch, device):
             activations = stack.forward(x, noisy=True)
             by_score = objective.gradient(
                 activations[-1], y, weights[:, places.to(device)],
@@ -485,7 +479,7 @@ class _Batches:
         self.views = torch.Generator().manual_seed(self.training.seed + 1)
 
     def epoch(
-        self, epoch: int, columns: tuple[tuple[int, int], ...], device: torch.device
+        self, epoch: int, device: torch.device
     ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """Yield (step, places among the samples, x, y) of each batch."""
         x, y = self.samples.x, self.samples.y
@@ -498,7 +492,7 @@ class _Batches:
                 batch = x[rows, views.to(x.device)]
             else:
                 batch = x[rows]
-            yield step, places, columns_of(batch, columns).to(device), y[places].to(device)
+            yield step, places, batch.to(device), y[places].to(device)
             step += 1
 
 
@@ -511,7 +505,7 @@ def _val_losses(stack: _Stack, val: Samples, weights: Tensor, objective: Objecti
     everyone = torch.arange(len(val))
     for block in stack.blocks(len(val)):
         x = plain[val.rows_at(everyone[block])]
-        scores = stack.score(columns_of(x, stack.settings[0].columns).to(device))
+        scores = stack.score(x.to(device))
         found = objective.validation(scores, val.y[block].to(device), weights[:, block])
         sums, counts = sums + found[0], counts + found[1]
     assert isinstance(sums, Tensor)

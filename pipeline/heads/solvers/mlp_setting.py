@@ -26,7 +26,6 @@ class MlpSetting:
         weight_decay: on matrices only; decoupled for AdamW, added to the gradient for SGD.
         label_smoothing: share of each target that is spread evenly over the classes.
         seed: of the starting weights and of dropout.
-        columns: (start, stop) ranges of X that it sees, such as one layer's; () for all.
     """
 
     hidden: tuple[int, ...] = (256,)
@@ -35,7 +34,6 @@ class MlpSetting:
     weight_decay: float = 1e-2
     label_smoothing: float = 0.0
     seed: int = 0
-    columns: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""

@@ -144,11 +144,3 @@ def mean_one(weights: NDArray[np.float64], name: str) -> NDArray[np.float64]:
         )
     result: NDArray[np.float64] = weights / means
     return result
-
-
-def columns_of(x: Tensor, columns: tuple[tuple[int, int], ...]) -> Tensor:
-    """The ranges of the last axis, side by side; all of it for ()."""
-    if not columns:
-        return x
-    parts = [x[..., start:stop] for start, stop in columns]
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=-1)
