@@ -64,7 +64,7 @@ _METRICS = {
 )
 @click.option(
     "--scaling",
-    help="standardise, l2 or none.  [default: what suits the head]",
+    help="standardise, l2 or none; auto tries what may suit.  [default: what suits the head]",
 )
 @memory_option
 @labels_option

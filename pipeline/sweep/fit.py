@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import UnknownNameError
 from pipeline.heads import HEADS
-from pipeline.heads.scaling import SCALINGS
 from pipeline.sweep.grids import GRIDS, Setting
 from pipeline.sweep.head_run import Clock, HeadRun, finish_run
 from pipeline.sweep.prepare import plan
-from pipeline.sweep.proposals import Grid
+from pipeline.sweep.proposals import Grid, only_scaling, scalings_of
 from pipeline.sweep.search import Search
 from pipeline.sweep.stream import fit_streamed, must_stream
 from pipeline.sweep.trials import Trial, check_metric
@@ -49,7 +48,8 @@ def fit_head(
         layers: layers to use; ("all",) for every one; None for "penultimate", or every one.
         label: label column; None for "label" or the only one.
         groups: column of samples that belong together and are never parted.
-        scaling: one of ``pipeline.heads.scaling.SCALINGS``; None for the head's own default.
+        scaling: one of ``pipeline.heads.scaling.SCALINGS``, "auto" to try those that may suit the
+            head; None for the head's own default.
         settings: parameters to try; None for a few that suit the head.
         metric: what chooses, of ``pipeline.sweep.trials.METRICS``.
         seed: of held-out parts, gradient steps and the bootstrap.
@@ -67,26 +67,27 @@ def fit_head(
     """
     if head not in HEADS:
         raise UnknownNameError("head", head, HEADS)
-    scaling = scaling or HEADS[head].scaling
-    if scaling not in SCALINGS:
-        raise UnknownNameError("scaling", scaling, SCALINGS)
+    asked = [scaling] if scaling else []
+    scalings = scalings_of(head, asked)
     check_metric(metric)
     clock = Clock()
     settings = settings or GRIDS["quick"][head]
     data = plan(stores, layers=layers, label=label, groups=groups, seed=seed)
     notes = data.notes()
     if memory_limit is not None and must_stream(data, head, settings, memory_limit):
+        only = only_scaling(head, asked)
         clock.lap("load")
         run = fit_streamed(
-            data, head=head, scaling=scaling, settings=settings, metric=metric,
+            data, head=head, scaling=only, settings=settings, metric=metric,
             memory_limit=memory_limit, on_trial=on_trial, clock=clock,
         )  # fmt: skip
         return replace(run, notes=notes + run.notes)
     _ = data.inputs.X
     clock.lap("load")
-    frames = [(data.inputs.layer_names, scaling)]
+    frames = [(data.inputs.layer_names, name) for name in scalings]
     proposals = Grid(head, settings, frames)
-    selection = Search(data, metric=metric, on_trial=on_trial).run(proposals)
+    search = Search(data, metric=metric, on_trial=on_trial)
+    selection = search.run(proposals)
     clock.lap("select")
-    run = finish_run(data, selection, metric=metric, seconds=clock.laps)
+    run = finish_run(search, selection, metric=metric, seconds=clock.laps)
     return replace(run, notes=notes + run.notes)

@@ -31,8 +31,8 @@ from pipeline.runs.folder import (
 from pipeline.runs.predictions import PREDICTIONS_FILE, Predictions
 from pipeline.sweep.grids import edge_note
 from pipeline.sweep.prepare import Prepared
-from pipeline.sweep.search import Selection, take_layers
-from pipeline.sweep.selection import refit
+from pipeline.sweep.search import Search, Selection, take_layers
+from pipeline.sweep.selection import RefitError, refit
 from pipeline.sweep.trials import Trial
 
 _MAX_CLASSES_WITH_CONFUSION = 200
@@ -218,23 +218,31 @@ def default_folder(inputs: Sequence[InputBlock]) -> Path:
 
 
 def finish_run(
-    data: Prepared, selection: Selection, *, metric: str, seconds: dict[str, float]
+    search: Search, selection: Selection, *, metric: str, seconds: dict[str, float]
 ) -> HeadRun:
     """Fit what was chosen on train and val, and score test once.
 
+    Where it cannot be fitted on all of them, the next best is taken, and a note says so.
+
     Args:
-        data: features and protocol.
-        selection: what was chosen.
+        search: with features and protocol.
+        selection: what it chose.
         metric: that chose it.
         seconds: by phase so far.
 
     Raises:
-        TlpipeError: the setting cannot be fitted on all samples.
+        TlpipeError: no setting can be fitted on all samples.
     """
-    clock = Clock(seconds)
-    candidate = selection.best.candidate
-    inputs = take_layers(data.inputs, candidate.layers)
-    model = refit(selection.best, inputs, data.codes, data.protocol, data.known)
+    data, clock = search.data, Clock(seconds)
+    while True:
+        search.release()  # the fit on all samples needs the room
+        candidate = selection.best.candidate
+        inputs = take_layers(data.inputs, candidate.layers)
+        try:
+            model = refit(selection.best, inputs, data.codes, data.protocol, data.known)
+            break
+        except RefitError as error:
+            selection = search.without_best(selection, str(error))
     clock.lap("fit")
     scored = _score(model, inputs, data, selection)
     clock.lap("score")

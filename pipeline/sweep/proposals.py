@@ -10,15 +10,53 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.errors import UnknownNameError, UsageError
+from pipeline.heads import HEADS
+from pipeline.heads.scaling import SCALINGS
 from pipeline.sweep.grids import Setting
 from pipeline.sweep.space import Range, Space
 from pipeline.sweep.trials import Candidate, Trial
 
 SEARCHES = ("grid", "random", "optuna")
+_AUTO = "auto"
 _BATCH = 8
 
 Frame = tuple[tuple[str, ...], str]
 """Layers and scaling: what candidates must share to be fitted on the same matrix."""
+
+
+def scalings_of(head: str, asked: Sequence[str] = ()) -> list[str]:
+    """Scalings to try with a head.
+
+    Args:
+        head: its name.
+        asked: of ``pipeline.heads.scaling.SCALINGS``, "auto" for those that may suit the head; ()
+            for its own default.
+
+    Raises:
+        UnknownNameError: no scaling is called so.
+    """
+    spec = HEADS[head]
+    found: list[str] = []
+    for scaling in asked or (spec.scaling,):
+        if scaling not in (*SCALINGS, _AUTO):
+            raise UnknownNameError("scaling", scaling, (*SCALINGS, _AUTO))
+        found += spec.scalings if scaling == _AUTO else (scaling,)
+    return list(dict.fromkeys(found))
+
+
+def only_scaling(head: str, asked: Sequence[str] = ()) -> str:
+    """The one scaling of a head that is fitted within a memory limit.
+
+    Raises:
+        UsageError: there are several.
+    """
+    found = scalings_of(head, asked)
+    if len(found) > 1:
+        raise UsageError(
+            f"With --memory-limit one scaling is tried, not {', '.join(found)}.\n"
+            f"  Name it:  --scaling {found[0]}"
+        )
+    return found[0]
 
 
 class Proposals(Protocol):

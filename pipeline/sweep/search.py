@@ -118,6 +118,31 @@ class Search:
             chosen, trials, rows, probabilities, stopped_early, proposals.has_edges, known_seconds
         )
 
+    def release(self) -> None:
+        """Let go of scaled features; they are made again where they are needed."""
+        self._matrices.clear()
+
+    def without_best(self, selection: Selection, failure: str) -> Selection:
+        """The next best of what was tried, where the best cannot be fitted on all samples.
+
+        Args:
+            selection: of this search.
+            failure: why its best is of no use.
+
+        Raises:
+            TlpipeError: there is no other.
+        """
+        useless = selection.best.candidate.key()
+        trials = [
+            replace(trial, failure=failure) if trial.candidate.key() == useless else trial
+            for trial in selection.trials
+        ]
+        left = [trial for trial in trials if not trial.failure and trial.scores]
+        if not left:
+            raise TlpipeError(failure)
+        best, probabilities = self._once_more(max(left, key=lambda t: t.rank(self.metric)))
+        return replace(selection, best=best, trials=trials, probabilities=probabilities)
+
     def _was_known(self, trial: Trial) -> bool:
         """Whether an earlier process did it."""
         known = self.journal and self.journal.known(self.data.seed, trial.candidate)

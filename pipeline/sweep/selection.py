@@ -150,6 +150,10 @@ def _judge(
     return trial, probabilities
 
 
+class RefitError(TlpipeError):
+    """A setting that could be tried cannot be fitted on all samples."""
+
+
 def refit(
     best: Trial, inputs: HeadInputs, codes: Array, protocol: Protocol, classes: Sequence[str]
 ) -> HeadModel:
@@ -163,7 +167,7 @@ def refit(
         classes: names of the codes.
 
     Raises:
-        TlpipeError: the setting cannot be fitted on all of it.
+        RefitError: the setting cannot be fitted on all of it.
     """
     candidate = best.candidate
     scaler = fit_scaler(inputs.X[protocol.train], candidate.scaling, inputs.widths)
@@ -172,7 +176,7 @@ def refit(
     try:
         fit_on(head, scaler(X[protocol.refit]), codes[protocol.refit])
     except FIT_ERRORS as error:
-        raise TlpipeError(
+        raise RefitError(
             f"Head {candidate.head!r} with {candidate.describe()} could not be fitted on all "
             f"{len(protocol.refit):,} samples: {error}"
         ) from error

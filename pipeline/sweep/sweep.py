@@ -10,14 +10,22 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import TlpipeError, UnknownNameError, UsageError
 from pipeline.heads import HEADS
-from pipeline.heads.scaling import SCALINGS
 from pipeline.sweep.head_run import Clock, HeadRun, default_folder, finish_run
 from pipeline.sweep.journal import Journal
 from pipeline.sweep.layers import AUTO, LayerChoice, choose_layers, layer_sets, layers_to_read
 from pipeline.sweep.memory import peak_memory
 from pipeline.sweep.prepare import Prepared
 from pipeline.sweep.prepare import plan as plan_data
-from pipeline.sweep.proposals import Draws, Frame, Grid, Guided, Proposals, check_search
+from pipeline.sweep.proposals import (
+    Draws,
+    Frame,
+    Grid,
+    Guided,
+    Proposals,
+    check_search,
+    only_scaling,
+    scalings_of,
+)
 from pipeline.sweep.search import Search
 from pipeline.sweep.space import Choice, Range, check_settings, grid_of, params_of, space_of
 from pipeline.sweep.stream import fit_streamed, must_stream
@@ -76,9 +84,7 @@ class Plan:
         for head in self.heads:
             if head not in HEADS:
                 raise UnknownNameError("head", head, HEADS)
-        for scaling in self.scalings:
-            if scaling not in (*SCALINGS, AUTO):
-                raise UnknownNameError("scaling", scaling, (*SCALINGS, AUTO))
+            scalings_of(head, self.scalings)
         check_metric(self.metric)
         check_search(self.search)
         if self.n_trials is not None and self.search == "grid":
@@ -105,7 +111,7 @@ class Plan:
     def proposals(self, head: str, layers: Sequence[tuple[str, ...]], seed: int) -> Proposals:
         """Candidates of a head."""
         frames: list[Frame] = [
-            (names, scaling) for names in layers for scaling in self._scalings_of(head)
+            (names, scaling) for names in layers for scaling in scalings_of(head, self.scalings)
         ]
         if self.search == "grid":
             settings = grid_of(head, self.grid, self.spaces[head])
@@ -113,27 +119,6 @@ class Plan:
         kind = Guided if self.search == "optuna" else Draws
         space = space_of(head, self.spaces[head])
         return kind(head, space, frames, self.n_trials or _DEFAULT_TRIALS, seed)
-
-    def scaling_of(self, head: str) -> str:
-        """The only scaling of a head.
-
-        Raises:
-            UsageError: there are several.
-        """
-        found = self._scalings_of(head)
-        if len(found) > 1:
-            raise UsageError(
-                f"With --memory-limit one scaling is swept, not {', '.join(found)}.\n"
-                f"  Name it:  --scaling {found[0]}"
-            )
-        return found[0]
-
-    def _scalings_of(self, head: str) -> list[str]:
-        spec = HEADS[head]
-        found: list[str] = []
-        for scaling in self.scalings or (spec.scaling,):
-            found += spec.scalings if scaling == AUTO else (scaling,)
-        return list(dict.fromkeys(found))
 
 
 def sweep(
@@ -258,8 +243,8 @@ class _Runner:
             settings = grid_of(head, self.plan.grid, self.plan.spaces[head])
             if must_stream(data, head, settings, self.plan.memory_limit):
                 return fit_streamed(
-                    data, head=head, scaling=self.plan.scaling_of(head), settings=settings,
-                    metric=self.plan.metric, memory_limit=self.plan.memory_limit,
+                    data, head=head, scaling=only_scaling(head, self.plan.scalings),
+                    settings=settings, metric=self.plan.metric, memory_limit=self.plan.memory_limit,
                     on_trial=self.on_trial, clock=clock,
                 )  # fmt: skip
         if self.ends is not None:
@@ -267,10 +252,10 @@ class _Runner:
             deadline = now + max(self.ends - now, 0.0) / n_left
         search = Search(data, self.plan.metric, deadline, self.journal, self.on_trial)
         selection = search.run(self.plan.proposals(head, self.sets, seed))
-        del search  # and the scaled features with it
         clock.lap("select")
         clock.laps["select"] += selection.known_seconds
-        run = finish_run(data, selection, metric=self.plan.metric, seconds=clock.laps)
+        run = finish_run(search, selection, metric=self.plan.metric, seconds=clock.laps)
         if self.plan.memory_limit is not None:
-            vars(data.inputs).pop("X", None)  # the next head may need the room
+            for name in ("X", "X_views"):  # the next head may need the room
+                vars(data.inputs).pop(name, None)
         return run

@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 
 from pipeline.errors import TlpipeError, TooFewSamplesError, UnknownNameError
 from pipeline.heads import HEADS
+from pipeline.heads.logistic import LogisticHead
 from pipeline.sweep.fit import fit_head
 from tests.heads.toy_stores import blobs, cycle, make_store, splits_of
 
@@ -195,6 +196,38 @@ def test_failing_setting_is_kept_and_the_others_go_on(store):
     assert [bool(trial.failure) for trial in run.trials] == [False, True, False]
     assert "Failed: C=-1: ValueError: C is -1.0, expected a number above 0" in run.notes
     assert run.best.setting["C"] in (0.1, 1.0)
+
+
+def test_where_the_best_cannot_be_fitted_on_all_samples_the_next_best_is_taken(store, monkeypatch):
+    settings = [{"C": 1e-6}, {"C": 0.1}, {"C": 1.0}]
+    undisturbed = fit_head(store, settings=settings)
+    best = undisturbed.best.setting["C"]
+    fit = LogisticHead.fit
+
+    def too_large(self, X, y, sample_weight=None):
+        if best == self.C:
+            raise MemoryError("too large")
+        return fit(self, X, y, sample_weight)
+
+    monkeypatch.setattr(LogisticHead, "fit", too_large)
+    run = fit_head(store, settings=settings)
+
+    others = [t for t in undisturbed.trials if t.setting["C"] != best]
+    second = max(others, key=lambda trial: trial.rank("top1"))
+    assert run.best.setting == second.setting
+    assert run.scores["val"]["top1"].value == second.top1
+    assert any("could not be fitted on all 60 samples: too large" in note for note in run.notes)
+
+    monkeypatch.setattr(LogisticHead, "fit", lambda *_: too_large(undisturbed.model.head, 0, 0))
+    with pytest.raises(TlpipeError, match="could not be fitted on all 60 samples"):
+        fit_head(store, settings=settings)
+
+
+def test_scaling_auto_tries_those_that_suit_the_head(store):
+    run = fit_head(store, head="knn", scaling="auto", settings=[{"k": 5}])
+
+    assert [trial.candidate.scaling for trial in run.trials] == list(HEADS["knn"].scalings)
+    assert run.model.scaler.kind == run.best.candidate.scaling
 
 
 def test_all_settings_failing_is_an_error(store):

@@ -422,7 +422,7 @@ def test_sweep_within_a_limit_that_cannot_be_shared_is_refused(tmp_path, tiny_me
     with pytest.raises(UsageError, match=r"one set of layers is swept, not each\.\n.*--layers"):
         sweep(made, Plan(layers=("each",), memory_limit=LIMIT), out=tmp_path)
     with pytest.raises(
-        UsageError, match=r"one scaling is swept, not standardise, l2\.\n.*--scaling"
+        UsageError, match=r"one scaling is tried, not standardise, l2\.\n.*--scaling"
     ):
         sweep(made, Plan(("ridge",), scalings=("auto",), memory_limit=LIMIT), out=tmp_path)
 
