@@ -19,10 +19,11 @@ from pipeline.commands.console import (
     output_options,
     printable,
 )
-from pipeline.commands.sweep_options import parse_seconds, split_commas
+from pipeline.commands.sweep_options import labels_option, parse_seconds, split_commas
 from pipeline.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SKIPPED, UsageError
 
 if TYPE_CHECKING:
+    from pipeline.finetune.parallel import Team
     from pipeline.finetune.run import FinetuneRun
 
 SHOWN_FAILURES = 20
@@ -35,6 +36,7 @@ _METRICS = {
     "nll": "NLL",
     "ece": "ECE",
 }
+_CHOSE = "validation (chose the epoch)"
 
 
 @click.command()
@@ -56,7 +58,18 @@ _METRICS = {
     help="What is trained: head, last:N blocks, full, gradual (from the top down), scratch (full, "
     "from random weights), bitfit (biases), norm, or lora (needs the extra lora).",
 )
-@click.option("--label", help="Label column to learn, where the data has several.")
+@labels_option
+@click.option(
+    "--task-weights",
+    default="equal",
+    show_default=True,
+    help="Of the losses of several label columns: equal, or uncertainty, which learns them.",
+)
+@click.option(
+    "--group-column",
+    "groups",
+    help="Column of samples that belong together (patients, scenes): none is ever parted.",
+)
 @click.option(
     "--init-head",
     default="auto",
@@ -161,12 +174,20 @@ def command(data: str, as_json: bool, quiet: bool, **options: Any) -> int:
       tlpipe finetune photos/ --policy last:2
       tlpipe finetune photos/ --backbone resnet50 --budget 30m
       tlpipe finetune photos/ --policy last:1 --cached --epochs 30
+      tlpipe finetune photos.csv --label species --label age --group-column scene
       tlpipe finetune photos/ --policy head --epochs 20 --augment trivial
       tlpipe finetune photos/ --init-head runs/photos/logreg-resnet50-0001 --backbone resnet50
       tlpipe finetune digits --image-size 64 --no-flip --resume
     """
-    console = Console(as_json=as_json, quiet=quiet)
-    settings = _settings_values(options)
+    from pipeline.finetune.parallel import together
+
+    with together() as team:
+        console = Console(as_json=as_json, quiet=quiet or not team.is_first)
+        return _finetune(data, console, team, options)
+
+
+def _finetune(data: str, console: Console, team: Team, options: dict[str, Any]) -> int:
+    """Train, save and print; of several processes, the first saves and prints."""
     from pipeline.backbones import load_backbone
     from pipeline.data import open_source
     from pipeline.extract.interrupt import graceful_interrupt
@@ -174,7 +195,7 @@ def command(data: str, as_json: bool, quiet: bool, **options: Any) -> int:
     from pipeline.finetune.fit import Watcher, finetune
     from pipeline.finetune.settings import Settings
 
-    chosen = Settings(**settings)
+    chosen = Settings(**_settings_values(options))
     source = open_source(
         data,
         cache_dir=options["cache_dir"],
@@ -189,14 +210,17 @@ def command(data: str, as_json: bool, quiet: bool, **options: Any) -> int:
         seed=chosen.seed,
     )
     typed = shlex.join(["tlpipe", *sys.argv[1:]])
-    bars = _Bars(source.name, quiet)
+    if team.n > 1:
+        typed = f"torchrun --nproc-per-node {team.n_local} --no-python {typed}"
+    bars = _Bars(source.name, console.quiet)
     with bars, graceful_interrupt(console.note) as should_stop:
         try:
             run = finetune(
                 source,
                 backbone,
                 chosen,
-                label=options["label"],
+                label=options["labels"],
+                groups=options["groups"],
                 init_head=options["init_head"],
                 out=options["out"],
                 cache_dir=options["cache_dir"],
@@ -209,26 +233,30 @@ def command(data: str, as_json: bool, quiet: bool, **options: Any) -> int:
                     should_stop=should_stop,
                     log=options["log"],
                 ),
+                team=team,
             )
         except StoppedError as stop:
             again = typed if options["resume"] else f"{typed} --resume"
             console.note(f"{stop}\nGo on with:\n  {again}")
             return EXIT_INTERRUPTED
-    path = run.save(command=typed)
+    path = team.first(lambda: run.save(command=typed))
+    if not team.is_first:
+        return EXIT_DONE
     console.document({"path": str(path)} | run.to_dict())
     _print_run(console, run)
     shown = shlex.quote(str(path))
     console.next_steps([f"tlpipe predict {shown} image.jpg", f"tlpipe inspect {shown}"])
     console.result(str(path))
-    return EXIT_SKIPPED if run.failures else EXIT_DONE
+    # torchrun takes every code but 0 for a crash.
+    return EXIT_SKIPPED if run.failures and team.n == 1 else EXIT_DONE
 
 
 def _settings_values(options: dict[str, Any]) -> dict[str, Any]:
     """What ``Settings`` takes, from the options."""
     same = (
         "policy", "epochs", "batch_size", "micro_batch_size", "optimizer", "weight_decay",
-        "layer_decay", "warmup", "clip", "ema", "l2_sp", "label_smoothing", "mixup", "cutmix",
-        "cached", "flip", "min_crop", "dropout", "lora_rank", "batchnorm", "patience",
+        "layer_decay", "warmup", "clip", "ema", "l2_sp", "label_smoothing", "task_weights", "mixup",
+        "cutmix", "cached", "flip", "min_crop", "dropout", "lora_rank", "batchnorm", "patience",
         "precision", "seed", "device",
     )  # fmt: skip
     try:
@@ -292,16 +320,7 @@ def _print_run(console: Console, run: FinetuneRun) -> None:
         console.note(printable(note))
     for name, why in list(run.failures.items())[:SHOWN_FAILURES]:
         console.note(f"Skipped {printable(name)}: {printable(why)}")
-    shown = [name for name in _METRICS if any(name in scores for scores in run.scores.values())]
-    rows = []
-    for split, scores in run.scores.items():
-        cells = [f"{scores[name].value:.3f}" for name in shown]
-        cells[0] = str(scores["top1"])
-        is_test = split == "test"
-        words = f"test ({run.n_samples['test']:,})" if is_test else "validation (chose the epoch)"
-        rows.append([words, *cells])
-    if rows:
-        console.table(["scored on", *(_METRICS[name] for name in shown)], rows)
+    _print_scores(console, run)
     found = f" (the best of {len({t['lr'] for t in run.lr_trials})})" if run.lr_trials else ""
     console.result(
         f"{run.settings.policy}: {run.n_trained:,} of {run.n_parameters:,} parameters, learning "
@@ -309,8 +328,30 @@ def _print_run(console: Console, run: FinetuneRun) -> None:
         f"by {run.chosen_by}"
     )
     seconds = run.seconds
+    n_classes = " + ".join(str(len(task.classes)) for task in run.tasks)
     console.result(
-        f"{run.n_fit:,} images trained on, {len(run.classes)} classes, "
+        f"{run.n_fit:,} images trained on, {n_classes} classes, "
         f"{format_seconds(seconds['total'])} (search {format_seconds(seconds['search'])}, "
         f"training {format_seconds(seconds['train'])})"
     )
+
+
+def _print_scores(console: Console, run: FinetuneRun) -> None:
+    """A line a split; of several label columns one a column and split."""
+    every = [scores for result in run.results for scores in result.scores.values()]
+    shown = [name for name in _METRICS if any(name in scores for scores in every)]
+    rows = []
+    for result in run.results:
+        of_task = f"{printable(result.task.label)}, " if len(run.results) > 1 else ""
+        for split, scores in result.scores.items():
+            cells = [f"{scores[name].value:.3f}" if name in scores else "" for name in shown]
+            cells[0] = str(scores["top1"])
+            is_test = split == "test"
+            words = f"test ({result.n_samples['test']:,})" if is_test else _CHOSE
+            rows.append([f"{of_task}{words}", *cells])
+    if rows:
+        console.table(["scored on", *(_METRICS[name] for name in shown)], rows)
+    if run.settings.task_weights != "equal":
+        pairs = zip(run.tasks, run.task_weights, strict=True)
+        weights = ", ".join(f"{printable(task.label)} {weight:.2f}" for task, weight in pairs)
+        console.result(f"learned weights of the losses: {weights}")

@@ -11,7 +11,9 @@ blocks.py       the blocks of a network, found by running it
 policies.py     which parameters a policy trains, and in which mode each module is
 network.py      Classifier: a backbone without its own classifier, and a new head
 initial.py      the new head: fresh, or that of a run on cached features
+objective.py    what is learned: one label column, or several at once
 trainer.py      the training loop, on any source of batches and any loss
+parallel.py     several processes, started by torchrun, that train together
 optim.py        parameter groups, learning rates by step, moving averages, pull to the start
 evaluate.py     logits of a source, loss and accuracy
 search.py       --lr auto

@@ -22,9 +22,10 @@ from pipeline.errors import CorruptStoreError
 from pipeline.extract.loader import Demand, load_in_order
 from pipeline.extract.loader import load as load_file
 from pipeline.extract.precision import resolve_device
-from pipeline.finetune.evaluate import run_in_halves
+from pipeline.finetune.evaluate import probabilities_of, run_in_halves
 from pipeline.finetune.network import Classifier, make_head, make_trunk
-from pipeline.runs.bundle import CARD_FILE, MODEL_FILE, NETWORK_FORMAT
+from pipeline.heads.tasks import Task
+from pipeline.runs.bundle import CARD_FILE, MODEL_FILE, NETWORK_FORMAT, read_tasks
 from pipeline.runs.folder import RUN_FORMAT_VERSION, read_json, write_json
 
 _BATCH_SIZE = 32
@@ -116,7 +117,7 @@ def save_network(
     folder: Path,
     network: Classifier,
     architecture: Architecture,
-    classes: Sequence[str],
+    tasks: Sequence[Task],
     about: dict[str, Any],
 ) -> None:
     """Write ``model.safetensors`` and ``card.json`` into ``folder``.
@@ -125,7 +126,7 @@ def save_network(
         folder: exists.
         network: trained; a plain one, without what was added for training.
         architecture: of it.
-        classes: in the order of its outputs.
+        tasks: in the order of its outputs.
         about: more for people.
     """
     state = {
@@ -133,12 +134,13 @@ def save_network(
         for name, value in network.state_dict().items()
     }
     data = save(state)
+    several = {"tasks": [task.to_dict() for task in tasks]}
     (folder / MODEL_FILE).write_bytes(data)
     card = {
         "format": NETWORK_FORMAT,
         "format_version": RUN_FORMAT_VERSION,
         "architecture": architecture.to_dict(),
-        "classes": list(classes),
+        **({"classes": list(tasks[0].classes)} if len(tasks) == 1 else several),
         "model_sha256": hashlib.sha256(data).hexdigest(),
         **about,
     }
@@ -154,14 +156,19 @@ class NetworkBundle:
         card: what ``card.json`` holds.
         network: in eval mode, on the CPU.
         preprocess: of its input.
-        classes: in the order of its outputs.
+        tasks: the label columns with their classes, in the order of its outputs.
     """
 
     path: Path
     card: dict[str, Any]
     network: Classifier
     preprocess: Preprocess
-    classes: tuple[str, ...]
+    tasks: tuple[Task, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """In the order of the outputs, those of all tasks."""
+        return tuple(name for task in self.tasks for name in task.classes)
 
     def classify(
         self,
@@ -178,8 +185,8 @@ class NetworkBundle:
             on_progress: is told how many more images are done.
 
         Returns:
-            (n_usable, n_classes) probabilities; which files they are of; why others cannot be
-            used, by place.
+            (n_usable, n_outputs) probabilities, those of several tasks side by side; which files
+            they are of; why others cannot be used, by place.
         """
         where = resolve_device(device)
         network = self.network.to(where)
@@ -216,7 +223,7 @@ class NetworkBundle:
                     run()
             run()
         logits = torch.cat(parts) if parts else torch.empty(0, len(self.classes))
-        return logits.double().softmax(dim=1).numpy(), usable, failures
+        return probabilities_of(logits, self.tasks), usable, failures
 
 
 def load_network(path: str | Path) -> NetworkBundle:
@@ -230,14 +237,12 @@ def load_network(path: str | Path) -> NetworkBundle:
     card = read_json(path / CARD_FILE, NETWORK_FORMAT)
     try:
         architecture = Architecture.from_dict(card["architecture"])
-        classes = tuple(card["classes"])
+        tasks = _read_tasks(card)
         digest = str(card["model_sha256"])
-        if len(classes) < 2 or not all(isinstance(name, str) for name in classes):
-            raise ValueError(f"classes are {classes!r:.80}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptStoreError(f"{path / CARD_FILE}: {error!s:.120}; was it changed?") from error
     state = _load_state(path / MODEL_FILE, digest)
-    network = architecture.build(len(classes))
+    network = architecture.build(sum(len(task.classes) for task in tasks))
     expected = network.state_dict()
     misfits = [
         name
@@ -253,7 +258,23 @@ def load_network(path: str | Path) -> NetworkBundle:
             f"differ, such as {misfits[0]}. Fine-tune again."
         )
     network.load_state_dict(state)
-    return NetworkBundle(path, card, network, architecture.preprocess, classes)
+    return NetworkBundle(path, card, network, architecture.preprocess, tasks)
+
+
+def _read_tasks(card: dict[str, Any]) -> tuple[Task, ...]:
+    """The label columns of a card that may have been made up; one where it names no tasks.
+
+    Raises:
+        ValueError, TypeError, KeyError: it makes no sense.
+    """
+    tasks = read_tasks(card) or (Task(card["label"], tuple(card["classes"])),)
+    for task in tasks:
+        names = (task.label, *task.classes)
+        if len(names) < 3 or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"classes are {task.classes!r:.80}")
+    if len({task.label for task in tasks}) < len(tasks):
+        raise ValueError(f"tasks are {[task.label for task in tasks]!r:.80}")
+    return tasks
 
 
 def _load_state(path: Path, digest: str) -> dict[str, torch.Tensor]:

@@ -21,16 +21,34 @@ from numpy.typing import NDArray
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.preprocess import Preprocess
 from pipeline.data import DataSource
-from pipeline.errors import DataError, MismatchError, ResourceError
+from pipeline.errors import MismatchError, ResourceError
 from pipeline.extract.extractor import Settings as ExtractSettings
 from pipeline.extract.extractor import extract
 from pipeline.finetune.checkpoint import StoppedError
-from pipeline.finetune.data import TrainingData, choose_column, plan_training, source_notes
-from pipeline.finetune.images import PLAIN_BATCH_SIZE, Batch, Images, Indices, epoch_order
+from pipeline.finetune.data import (
+    TrainingData,
+    choose_columns,
+    group_names,
+    is_labelled,
+    no_labels,
+    plan_training,
+    source_notes,
+)
+from pipeline.finetune.images import (
+    PLAIN_BATCH_SIZE,
+    Batch,
+    Images,
+    Indices,
+    epoch_order,
+    make_batch,
+    plain_order,
+)
 from pipeline.finetune.network import Classifier
+from pipeline.finetune.parallel import ALONE, Team
 from pipeline.finetune.settings import Settings
 from pipeline.finetune.top import SplitPoint, TopClassifier, make_top
 from pipeline.heads.features import HeadInputs, StoredFeatures
+from pipeline.heads.tasks import strata
 from pipeline.store import Store, open_store
 
 # Rows that are read in one go where a store does not fit in memory.
@@ -210,9 +228,10 @@ class StoredBatches:
         activations: of all samples.
         rows: which of them, rising.
         targets: (n_rows,) int64.
-        batch_size: samples a step.
+        batch_size: samples a step, in all processes.
         seed: of the order, and of which view each epoch shows.
         channels_last: memory format of maps on the device.
+        team: processes that share every batch.
     """
 
     activations: Activations
@@ -221,6 +240,7 @@ class StoredBatches:
     batch_size: int
     seed: int
     channels_last: bool = True
+    team: Team = ALONE
 
     @property
     def n_steps(self) -> int:
@@ -238,14 +258,13 @@ class StoredBatches:
             order = mixed_order(
                 n, self.batch_size, self.activations.stretch, n_together, self.seed, epoch
             )
-        return self._batches(order, views, n_together, first_step)
+        return self._batches(order, views, n_together, first_step, self.team)
 
     def plain(self) -> Generator[Batch]:
-        """All samples as they are, in order."""
-        n_batches = max(1, -(-len(self.rows) // PLAIN_BATCH_SIZE))
-        order = np.array_split(np.arange(len(self.rows)), n_batches)
+        """All samples as they are, in order; of several processes, each has its part of them."""
+        order = plain_order(len(self.rows), self.team)
         views = np.zeros(len(self.rows), np.intp)
-        return self._batches(order, views, self._n_together(PLAIN_BATCH_SIZE), 0)
+        return self._batches(order, views, self._n_together(PLAIN_BATCH_SIZE), 0, ALONE)
 
     def to_device(self, inputs: torch.Tensor, device: torch.device) -> torch.Tensor:
         """(n, ...) float32."""
@@ -270,22 +289,20 @@ class StoredBatches:
         return max(1, self.activations.memory_bytes // 2 // n_bytes)
 
     def _batches(
-        self, order: Sequence[Indices], views: Indices, n_together: int, first: int
+        self, order: Sequence[Indices], views: Indices, n_together: int, first: int, team: Team
     ) -> Generator[Batch]:
         """Batch by batch; where the store is not in memory, read ahead in a thread."""
-
-        def batch(inputs: torch.Tensor, part: Indices) -> Batch:
-            return Batch(inputs, self.targets[torch.from_numpy(part)])
-
+        parts = [team.part(whole) for whole in order]
         if self.activations.fits:
-            for part in order[first:]:
-                yield batch(self.activations.read(self.rows[part], views[part]), part)
+            for part, whole in zip(parts[first:], order[first:], strict=True):
+                inputs = self.activations.read(self.rows[part], views[part])
+                yield make_batch(inputs, self.targets, part, whole)
             return
         starts = range(first - first % n_together, len(order), n_together)
-        groups = [order[max(first, start) : start + n_together] for start in starts]
+        groups = [range(max(first, i), min(i + n_together, len(order))) for i in starts]
 
-        def read(group: Sequence[Indices]) -> torch.Tensor:
-            every = np.concatenate(group)
+        def read(group: range) -> torch.Tensor:
+            every = np.concatenate([parts[i] for i in group])
             return self.activations.read(self.rows[every], views[every])
 
         with ThreadPoolExecutor(1, "read") as reader:
@@ -293,9 +310,9 @@ class StoredBatches:
             for place, group in enumerate(groups):
                 values = waiting.pop().result()
                 waiting += [reader.submit(read, ahead) for ahead in groups[place + 1 : place + 2]]
-                sizes = [len(part) for part in group]
-                for inputs, part in zip(torch.split(values, sizes), group, strict=True):
-                    yield batch(inputs, part)
+                sizes = [len(parts[i]) for i in group]
+                for inputs, i in zip(torch.split(values, sizes), group, strict=True):
+                    yield make_batch(inputs, self.targets, parts[i], order[i])
 
 
 def mixed_order(
@@ -366,7 +383,12 @@ class Cached:
 
 
 def stored_data(
-    store: Store, source: DataSource, split: SplitPoint, settings: Settings, label: str | None
+    store: Store,
+    source: DataSource,
+    split: SplitPoint,
+    settings: Settings,
+    label: str | Sequence[str] | None,
+    groups: str | None = None,
 ) -> tuple[TrainingData, Cached]:
     """Who trains, who chooses and who scores, from a store's own table; no image is read.
 
@@ -375,43 +397,49 @@ def stored_data(
         source: the images.
         split: which activations the store holds.
         settings: seed and memory.
-        label: label column; None for "label" or the only one.
+        label: one label column or several; None for "label" or the only one.
+        groups: column of samples that belong together and are never parted.
 
     Raises:
         UsageError: unknown column.
         DataError: no labels, no train split or too few classes.
     """
-    column = choose_column(source, label)
-    ids, labels = np.array(store.ids(), dtype=object), store.labels(column)
-    splits, failures = store.splits(), store.failures
-    is_labelled = np.array([value is not None for value in labels], dtype=bool)
-    has_splits = bool(store.table.splits.any())
-    places = np.flatnonzero(is_labelled & (splits != "") if has_splits else is_labelled)
-    known = dict(zip(store.table.ids, store.table.labels[column].decode(), strict=True))
-    has_split = dict(zip(store.table.ids, store.table.splits.tolist(), strict=True))
+    columns = choose_columns(source, label)
+    ids = np.array(store.ids(), dtype=object)
+    labels = {column: store.labels(column) for column in columns}
+    splits, table = store.splits(), store.table
+    has_splits = bool(table.splits.any())
+    usable = is_labelled(labels)
+    places = np.flatnonzero(usable & (splits != "") if has_splits else usable)
+    if not len(places):
+        raise no_labels(source, columns)
+    known = is_labelled({column: table.labels[column].decode() for column in columns})
+    has_label = dict(zip(table.ids, known.tolist(), strict=True))
+    has_split = dict(zip(table.ids, table.splits.tolist(), strict=True))
     failed = {
         name: why
-        for name, why in failures.items()
-        if known[name] is not None and (has_split[name] or not has_splits)
+        for name, why in store.failures.items()
+        if has_label[name] and (has_split[name] or not has_splits)
     }
-    if not len(places):
-        raise DataError(f"No sample of {source.spec} has a label in column {column!r}.")
-    n_labelled = sum(value is not None for value in known.values())
+    taken = {column: values[places] for column, values in labels.items()}
     inputs = HeadInputs(
         features=StoredFeatures((store,), ((split.layer,),), (places,)),
         ids=ids[places],
-        labels=labels[places],
+        labels=strata(taken),
         splits=splits[places] if has_splits else np.full(len(places), "train"),
-        digests=store.table.digests[store.table.ready][places],
+        digests=table.digests[table.ready][places],
         blocks=(),
-        label_column=column,
+        label_column=" + ".join(columns),
+        groups=None if groups is None else group_names(ids, store.labels(groups))[places],
         notes=source_notes(
-            source, column, n_labelled, len(places) + len(failed), len(failed), has_splits
+            source, columns, sum(has_label.values()), len(places) + len(failed), len(failed),
+            has_splits,
         ),
-    )
+        columns=taken if len(taken) > 1 else {},
+    )  # fmt: skip
     files = {sample.id: sample.file for sample in source.samples}
     data = TrainingData(
-        plan_training(inputs, store.split_origin, settings.seed),
+        *plan_training(inputs, store.split_origin, settings.seed, groups),
         Images([files[name] for name in inputs.ids], n_threads=1),
         {"name": source.name, "spec": source.spec, "layout": source.layout},
         failed,

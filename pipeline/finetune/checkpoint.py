@@ -1,7 +1,7 @@
 """What a killed training is taken up from: tensors and plain values in one file.
 
 The file is written aside and renamed, so it is whole at every moment, and read with
-``weights_only=True``, so reading it runs no code.
+``weights_only=True``, so reading it runs no code. A lock keeps other trainings out.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import hashlib
 import json
 import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.errors import EXIT_INTERRUPTED, StoreError, TlpipeError
+from pipeline.errors import EXIT_INTERRUPTED, LockedError, StoreError, TlpipeError
 from pipeline.store.durable import replacing
+from pipeline.store.lock import WriterLock
 
 CHECKPOINT_FILE = "checkpoint.pt"
 METRICS_FILE = "metrics.jsonl"
-_VERSION = 1
+_VERSION = 2
 
 
 class StoppedError(TlpipeError):
@@ -35,12 +37,39 @@ class Checkpoint:
     Args:
         parent: folder of the runs.
         facts: all that decides the result; another training has another folder.
+
+    Attributes:
+        beside: values that are written with every state.
     """
 
     def __init__(self, parent: Path, facts: dict[str, Any]) -> None:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         self.folder = parent / f".finetune-{digest[:12]}"
         self.path = self.folder / CHECKPOINT_FILE
+        self.beside: dict[str, Any] = {}
+        self._lock = WriterLock(self.folder)
+
+    def acquire(self) -> None:
+        """Keep other trainings with the same facts out until :meth:`release`.
+
+        Raises:
+            LockedError: another process is at it.
+            StoreError: the folder cannot be made, or its file system has no locks.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"{self.folder} cannot be made ({error.strerror}).\n"
+                "  Give another folder with --out."
+            ) from error
+        self._lock.acquire()
+
+    def release(self) -> None:
+        """Let others in; a folder that holds no state is removed."""
+        if not self.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
 
     def exists(self) -> bool:
         """Whether there is something to take up."""
@@ -53,15 +82,8 @@ class Checkpoint:
             ResourceError: the disk is full.
             StoreError: the folder cannot be written to.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"{self.folder} cannot be made ({error.strerror}).\n"
-                "  Give another folder with --out."
-            ) from error
         with replacing(self.path) as temporary:
-            torch.save({"version": _VERSION, **state}, temporary)
+            torch.save({"version": _VERSION, **self.beside, **state}, temporary)
 
     def load(self) -> dict[str, Any]:
         """Read what was saved last.
@@ -85,13 +107,21 @@ class Checkpoint:
 
     def write_metrics(self, curve: list[dict[str, Any]]) -> None:
         """Write a line an epoch, for whoever wants to watch."""
-        if self.folder.is_dir():
-            with replacing(self.folder / METRICS_FILE) as temporary:
-                write_metrics(temporary, curve)
+        with replacing(self.folder / METRICS_FILE) as temporary:
+            write_metrics(temporary, curve)
+
+    def drop(self) -> None:
+        """Forget the training, and go on keeping others out."""
+        self.path.unlink(missing_ok=True)
+        (self.folder / METRICS_FILE).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Forget the training."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Forget the training, unless another process is at it."""
+        if self.folder.is_dir():
+            with suppress(LockedError):
+                self.acquire()
+                self.drop()
+                self.release()
 
 
 def write_metrics(path: Path, curve: list[dict[str, Any]]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.errors import ResourceError, UsageError
 from pipeline.finetune.images import Batches
+from pipeline.heads.tasks import Task, task_slices
 
 
 def choose_precision(
@@ -59,6 +63,8 @@ def outputs_of(
 ) -> torch.Tensor:
     """Outputs (n_samples, …) float32, on the CPU, of all samples as they are, in order.
 
+    Of several processes, each has those of its part, which may have no sample.
+
     Args:
         network: put into eval mode for it.
         source: of the samples.
@@ -78,7 +84,7 @@ def outputs_of(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 def run_in_halves(network: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -101,3 +107,11 @@ def run_in_halves(network: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor
         torch.cuda.empty_cache()
     middle = len(inputs) // 2
     return run_in_halves(network, inputs[:middle]) + run_in_halves(network, inputs[middle:])
+
+
+def probabilities_of(logits: torch.Tensor, tasks: Sequence[Task]) -> NDArray[np.float64]:
+    """(n, n_outputs) logits -> probabilities of all tasks side by side, each a softmax."""
+    slices = task_slices([len(task.classes) for task in tasks])
+    parts = [logits[:, part].double().softmax(dim=1) for part in slices]
+    probabilities: NDArray[np.float64] = torch.cat(parts, dim=1).numpy()
+    return probabilities

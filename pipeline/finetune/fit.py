@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import nn
 from pipeline.backbones import load_backbone
 from pipeline.backbones.backbone import Backbone
 from pipeline.data import DataSource
+from pipeline.data.names import counted
 from pipeline.errors import UsageError
 from pipeline.extract.precision import resolve_device
 from pipeline.finetune.augment import make_augment
@@ -31,8 +32,14 @@ from pipeline.finetune.cached import (
     stored_data,
 )
 from pipeline.finetune.checkpoint import Checkpoint, StoppedError
-from pipeline.finetune.data import TrainingData, choose_column, load_data, training_notes
-from pipeline.finetune.evaluate import choose_precision, outputs_of
+from pipeline.finetune.data import (
+    TrainingData,
+    check_group_column,
+    choose_columns,
+    load_data,
+    training_notes,
+)
+from pipeline.finetune.evaluate import choose_precision, outputs_of, probabilities_of
 from pipeline.finetune.images import ImageBatches
 from pipeline.finetune.initial import InitialHead, find_run, fresh_head, head_of_run
 from pipeline.finetune.logs import open_log
@@ -43,16 +50,18 @@ from pipeline.finetune.network import (
     linear_layers,
     make_trunk,
 )
-from pipeline.finetune.objective import Classification
+from pipeline.finetune.objective import Classification, MultiTask, Objective
 from pipeline.finetune.optim import restore, snapshot
+from pipeline.finetune.parallel import ALONE, Team
 from pipeline.finetune.policies import Policy, make_policy, merge_lora
 from pipeline.finetune.run import FinetuneRun
 from pipeline.finetune.search import MAX_CHOOSING, MAX_SHARE, N_TRIALS, search_lr
 from pipeline.finetune.settings import Settings
-from pipeline.finetune.top import find_split
+from pipeline.finetune.top import SplitPoint, find_split
 from pipeline.finetune.trainer import Hooks, Trainer
-from pipeline.heads.metrics import Score, confusion_matrix, evaluate
-from pipeline.runs.predictions import Predictions
+from pipeline.heads.tasks import Task, task_slices
+from pipeline.runs.tasks import MEAN_NOTE, score_task
+from pipeline.store import Store, open_store
 from pipeline.sweep.head_run import Clock
 
 AUTO, NONE = "auto", "none"
@@ -85,12 +94,14 @@ def finetune(
     backbone: Backbone | str,
     settings: Settings | None = None,
     *,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
+    groups: str | None = None,
     init_head: str | Path = AUTO,
     out: Path | None = None,
     cache_dir: Path = Path("cache"),
     resume: bool = False,
     watcher: Watcher | None = None,
+    team: Team = ALONE,
 ) -> FinetuneRun:
     """Train a network on the train split and score it once on the test split.
 
@@ -102,14 +113,19 @@ def finetune(
         source: labelled images.
         backbone: a network, or its name.
         settings: how to train.
-        label: label column; None for "label" or the only one.
+        label: label column; None for "label" or the only one. Several are learned at once, each
+            with outputs of its own behind one trunk; a sample counts wherever it has a label.
+        groups: column of samples that belong together, none of which is ever parted. A test split
+            that was made sample by sample is then made anew, by group.
         init_head: "auto" for the best head of a run on cached features of the same backbone and
             classes in ``out``, where there is one; "none" for a fresh one; or a run's folder.
         out: folder for the run's folder, and for the checkpoint until then;
             ``runs/<data source>`` by default.
         cache_dir: where stores are kept; with ``settings.cached`` that of the activations.
         resume: take up a training of the same data with the same settings.
-        watcher: who is told what happens.
+        watcher: who is told what happens; of several processes, that of the first.
+        team: the processes that train together, each of which calls this; see
+            :func:`~pipeline.finetune.parallel.together`.
 
     Raises:
         UsageError: a name or an option that does not fit.
@@ -117,10 +133,15 @@ def finetune(
         MismatchError: the head to start from is of another backbone or has other classes.
         ResourceError: the device has too little memory for a single image, or the disk too little
             room for activations.
+        LockedError: another process is at the same training.
+        LostProcessError: another one of the team has ended.
         StoppedError: the user asked to stop; a checkpoint holds all of it.
         TlpipeError: every learning rate diverged.
     """
     settings, watcher = settings or Settings(), watcher or Watcher()
+    whole, settings = settings, team.own(settings)
+    if not team.is_first:
+        watcher = Watcher(should_stop=watcher.should_stop)
     clock = Clock()
     device = resolve_device(settings.device)
     if isinstance(backbone, str):
@@ -128,25 +149,42 @@ def finetune(
     dtype = choose_precision(settings.precision, device, backbone.module)
     backbone = _starting_weights(backbone, settings)
     out = out or Path("runs") / source.name
+    columns = choose_columns(source, label)
+    if settings.task_weights != "equal" and len(columns) == 1:
+        raise UsageError(
+            f"task_weights is {settings.task_weights!r}, but only {columns[0]!r} is learned.\n"
+            "  Give a second --label, or leave --task-weights out."
+        )
+    if groups is not None:
+        check_group_column(groups, source)
     cached = None
     if settings.cached:
-        data, cached = _embed(source, backbone, settings, dtype, label, cache_dir, watcher)
+        # The first process embeds for all, and has the machine to itself.
+        store, split = _embed(source, backbone, whole, dtype, cache_dir, watcher, team)
+        data, cached = stored_data(store, source, split, settings, columns, groups)
     else:
         data = load_data(
             source,
             settings,
-            label,
+            columns,
+            groups=groups,
             on_plan=partial(watcher.on_plan, "Reading"),
             on_progress=partial(_read, watcher),
+            team=team,
         )
-    head = _choose_head(init_head, out, backbone, data, settings)
+    head = team.first(lambda: _choose_head(init_head, out, backbone, data, settings))
     if head.note:
         watcher.note(head.note)
-    work = _prepare(backbone, head, data, cached, settings, device, dtype)
+    work = _prepare(backbone, head, data, cached, settings, device, dtype, team)
     checkpoint = Checkpoint(out, _facts(backbone, data, settings, head))
     clock.lap("load")
-    with open_log(watcher.log, out, settings.to_dict()) as log:
-        trainer, trials, seconds = _train(work, checkpoint, resume, watcher, log)
+    team.first(checkpoint.acquire)
+    try:
+        with open_log(watcher.log, out, settings.to_dict()) as log:
+            trainer, trials, seconds = _train(work, checkpoint, resume, watcher, log)
+    finally:
+        if team.is_first:
+            checkpoint.release()
     clock = Clock(clock.laps | seconds)
     return _finish(work, backbone, data, head, trainer, trials, checkpoint, out, clock)
 
@@ -162,27 +200,31 @@ def _embed(
     backbone: Backbone,
     settings: Settings,
     dtype: torch.dtype | None,
-    label: str | None,
     cache_dir: Path,
     watcher: Watcher,
-) -> tuple[TrainingData, Cached]:
-    """The data with its activations, which are in a store, or come to be."""
+    team: Team,
+) -> tuple[Store, SplitPoint]:
+    """The store of the activations, which are there or come to be."""
     split = find_split(backbone, settings.policy)
-    choose_column(source, label)
-    store = embed_activations(
-        source,
-        backbone,
-        split,
-        settings,
-        dtype,
-        cache_dir=cache_dir,
-        on_plan=partial(watcher.on_plan, "Embedding"),
-        on_progress=watcher.on_progress,
-        note=watcher.note,
-        should_stop=watcher.should_stop,
-    )
+
+    def embed() -> Path:
+        store = embed_activations(
+            source,
+            backbone,
+            split,
+            settings,
+            dtype,
+            cache_dir=cache_dir,
+            on_plan=partial(watcher.on_plan, "Embedding"),
+            on_progress=watcher.on_progress,
+            note=watcher.note,
+            should_stop=watcher.should_stop,
+        )
+        return store.path
+
+    store = open_store(team.first(embed))
     check_store(store, backbone, split)
-    return stored_data(store, source, split, settings, label)
+    return store, split
 
 
 @dataclass(frozen=True)
@@ -203,20 +245,26 @@ class _Work:
     test: ImageBatches | StoredBatches
     device: torch.device
     dtype: torch.dtype | None
-    n_classes: int
+    tasks: tuple[Task, ...]
     first_can_be_best: bool
     n_parameters: int
     n_trained: int
+    team: Team
     notes: list[str] = field(default_factory=list)
 
     def trainer(self, lr: float, n_steps: int | None = None, **options: Any) -> Trainer:
         """A trainer of the network as it is now."""
         return Trainer(
             self.network, self.policy, self.settings, self.train, self.choose,
-            Classification(self.settings, self.n_classes),
-            lr=lr, dtype=self.dtype, n_steps=n_steps, wrap=self._wrap,
-            first_can_be_best=self.first_can_be_best, **options,
+            self._objective(), lr=lr, dtype=self.dtype, n_steps=n_steps, team=self.team,
+            wrap=self._wrap, first_can_be_best=self.first_can_be_best, **options,
         )  # fmt: skip
+
+    def _objective(self) -> Objective:
+        n_classes = [len(task.classes) for task in self.tasks]
+        if len(n_classes) == 1:
+            return Classification(self.settings, n_classes[0])
+        return MultiTask(self.settings, n_classes, self.device)
 
     def _wrap(self, network: nn.Module) -> nn.Module:
         if not self.settings.compile:
@@ -236,16 +284,16 @@ def _starting_weights(backbone: Backbone, settings: Settings) -> Backbone:
 def _choose_head(
     init_head: str | Path, out: Path, backbone: Backbone, data: TrainingData, settings: Settings
 ) -> InitialHead:
-    n_classes = len(data.samples.known)
+    n_outputs = sum(len(task.classes) for task in data.tasks)
     if str(init_head) == AUTO:
         found = None
         if settings.policy != "scratch":
             found = find_run(out, backbone, data, settings)
         if found is None:
-            return fresh_head(backbone, n_classes, settings)
+            return fresh_head(backbone, n_outputs, settings)
         return head_of_run(found, backbone, data, settings)
     if str(init_head) == NONE:
-        return fresh_head(backbone, n_classes, settings)
+        return fresh_head(backbone, n_outputs, settings)
     if settings.hidden:
         raise UsageError("--init-head brings the layers of its head, so leave --hidden out.")
     return head_of_run(Path(init_head), backbone, data, settings)
@@ -259,6 +307,7 @@ def _prepare(
     settings: Settings,
     device: torch.device,
     dtype: torch.dtype | None,
+    team: Team,
 ) -> _Work:
     """Put network and policy together, and part the images."""
     preprocess = backbone.preprocess
@@ -272,28 +321,36 @@ def _prepare(
 
     def batches(rows: NDArray[np.intp]) -> ImageBatches | StoredBatches:
         if cached is not None:
-            return cached.batches(data, rows, settings)
+            return replace(cached.batches(data, rows, settings), team=team)
         return ImageBatches(
             data.images, rows, data.samples.inputs.ids[rows],
             torch.from_numpy(data.samples.codes[rows]), preprocess, augment,
-            settings.batch_size, settings.seed,
+            settings.batch_size, settings.seed, team,
         )  # fmt: skip
 
-    choose = data.fold.choose
+    train, choose = batches(data.fold.fit), data.fold.choose
+    n_least = len(train.rows) // train.n_steps
+    if n_least < team.n:
+        raise UsageError(
+            f"A batch has as few as {n_least} of the {len(train.rows):,} images that are trained "
+            f"on, too few for {team.n} processes to share.\n"
+            "  Use fewer processes, or a larger --batch-size."
+        )
     return _Work(
         whole=network,
         network=network if cached is None else cached.top(network, data, preprocess),
         policy=policy,
         settings=settings,
-        train=batches(data.fold.fit),
+        train=train,
         choose=batches(choose) if len(choose) else None,
         test=batches(data.samples.protocol.test),
         device=device,
         dtype=dtype,
-        n_classes=len(data.samples.known),
+        tasks=data.tasks,
         first_can_be_best=not head.saw_choosers,
         n_parameters=n_parameters,
         n_trained=policy.n_trained(network),
+        team=team,
     )
 
 
@@ -320,7 +377,7 @@ def _train(
     log: Callable[[dict[str, Any]], None],
 ) -> tuple[Trainer, list[dict[str, Any]], dict[str, float]]:
     """Search the learning rate and train, or take up where that was stopped."""
-    settings = work.settings
+    settings, team = work.settings, work.team
 
     def on_epoch(entry: dict[str, Any]) -> None:
         watcher.on_epoch(entry)
@@ -331,31 +388,33 @@ def _train(
         work.notes.append(text)
 
     hooks = Hooks(on_epoch, watcher.on_progress, note, watcher.should_stop)
-    saved = checkpoint.load() if resume and checkpoint.exists() else None
+    if team.n > 1 and settings.trains_batchnorm:
+        note(
+            f"Each of {team.n} processes computes the statistics of BatchNorm from its own part of "
+            "a batch."
+        )
+    saved = team.first(lambda: checkpoint.load() if resume and checkpoint.exists() else None)
     if saved is None and resume:
         watcher.note("There is nothing to take up: the training starts at its first step.")
-    elif saved is None and checkpoint.exists():
+    elif saved is None and team.is_first and checkpoint.exists():
         watcher.note(
             "An unfinished training of the same data with the same settings is dropped; --resume "
             "would have taken it up."
         )
-        checkpoint.remove()
-    n_steps = settings.epochs * work.train.n_steps
-    if saved is not None:
-        trials, search_seconds = saved["lr_trials"], saved["search_seconds"]
-        lr = saved["lr"]
-    else:
-        lr, trials, search_seconds = _find_lr(work, n_steps, watcher)
-        if trials:
-            watcher.note(f"Learning rate {lr:g}, the best of {len({t['lr'] for t in trials})}.")
-    extra = {"lr_trials": trials, "search_seconds": search_seconds}
-    kept = _KeptBeside(checkpoint, extra)
-    trainer = work.trainer(lr, checkpoint=kept, hooks=hooks)
-    if saved is None:
-        trainer.progress.seconds = search_seconds
-    else:
-        trainer.load_state(saved)
+        checkpoint.drop()
+    checkpoint.beside = {
+        name: saved[name] if saved else nothing
+        for name, nothing in (("lr_trials", []), ("search_seconds", 0.0))
+    }
+    state = saved if saved and "lr" in saved else None  # else only learning rates were tried
+    lr = state["lr"] if state else _find_lr(work, checkpoint, watcher)
+    trials, search_seconds = checkpoint.beside["lr_trials"], checkpoint.beside["search_seconds"]
+    trainer = work.trainer(lr, checkpoint=checkpoint, hooks=hooks)
+    if state:
+        trainer.load_state(state)
         watcher.note(f"Taken up at step {trainer.progress.step:,} of {trainer.n_steps:,}.")
+    else:
+        trainer.progress.seconds = search_seconds
     n_all = settings.epochs * len(work.train.rows)
     n_done = n_all * trainer.progress.step // trainer.n_steps
     watcher.on_plan("Training", n_all, n_all - n_done)
@@ -366,25 +425,20 @@ def _train(
     return trainer, trials, seconds
 
 
-class _KeptBeside(Checkpoint):
-    """A checkpoint that keeps some more values beside those of the trainer."""
-
-    def __init__(self, checkpoint: Checkpoint, extra: dict[str, Any]) -> None:
-        self.folder, self.path = checkpoint.folder, checkpoint.path
-        self._extra = extra
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Write both."""
-        super().save({**state, **self._extra})
-
-
-def _find_lr(
-    work: _Work, n_steps: int, watcher: Watcher
-) -> tuple[float, list[dict[str, Any]], float]:
-    """The learning rate, what was tried, and the seconds that it took."""
+def _find_lr(work: _Work, checkpoint: Checkpoint, watcher: Watcher) -> float:
+    """The learning rate; the checkpoint keeps what was tried, and the seconds that it took."""
     if work.settings.lr is not None:
-        return work.settings.lr, [], 0.0
-    started = time.perf_counter()
+        return work.settings.lr
+    beside = checkpoint.beside
+    trials, started = beside["lr_trials"], time.perf_counter() - beside["search_seconds"]
+    if trials:
+        watcher.note(f"Taken up after {counted(len(trials), 'trial')} of learning rates.")
+
+    def keep() -> None:
+        beside["search_seconds"] = time.perf_counter() - started
+        if work.team.is_first:
+            checkpoint.save({})
+
     some = None if work.choose is None else work.choose.take(MAX_CHOOSING)
     budget = work.settings.budget_seconds
     share = None if budget is None else budget * MAX_SHARE / N_TRIALS
@@ -396,11 +450,12 @@ def _find_lr(
     # At a head that was fitted, whatever moves looks harmful for a while: the rate is found with a
     # fresh one, and suits both.
     restore(head, fresh_like(head, settings.seed).state_dict())
-    lr, trials = search_lr(
-        partial(quick.trainer, hooks=hooks), some, settings, n_steps, watcher.note
-    )
+    n_steps = settings.epochs * work.train.n_steps
+    make = partial(quick.trainer, hooks=hooks)
+    lr = search_lr(make, some, settings, n_steps, trials, keep=keep, note=watcher.note)
     restore(head, start)
-    return lr, trials, time.perf_counter() - started
+    watcher.note(f"Learning rate {lr:g}, the best of {len({t['lr'] for t in trials})}.")
+    return lr
 
 
 def _finish(
@@ -422,23 +477,26 @@ def _finish(
     test, choose = samples.protocol.test, data.fold.choose
     parts = {"test": (test, work.test), "val": (choose, work.choose)}
     probabilities = {
-        split: outputs_of(work.network, batches, work.device).double().softmax(dim=1).numpy()
+        split: (rows, probabilities_of(_all_outputs(work, batches), data.tasks))
         for split, (rows, batches) in parts.items()
         if len(rows) and batches is not None
     }
-    n_classes = len(samples.known) + len(samples.unseen)
-    scores: dict[str, dict[str, Score]] = {
-        split: evaluate(
-            samples.codes[parts[split][0]],
-            np.pad(found, ((0, 0), (0, n_classes - found.shape[1]))),
+    slices = task_slices([len(task.classes) for task in data.tasks])
+    results = tuple(
+        score_task(
+            column.task,
+            column.unseen,
+            column.codes,
+            {split: (rows, found[:, part]) for split, (rows, found) in probabilities.items()},
+            ids=samples.inputs.ids,
+            splits=samples.inputs.splits,
             seed=samples.seed,
         )
-        for split, found in probabilities.items()
-    }
-    scored_on = next(iter(probabilities), "")
-    rows = parts[scored_on][0] if scored_on else np.array([], np.intp)
-    found = probabilities.get(scored_on, np.empty((0, len(samples.known))))
-    predicted = found.argmax(axis=1) if len(found) else np.array([], np.intp)
+        for column, part in zip(data.columns, slices, strict=True)
+    )
+    notes = [*training_notes(data), *([head.note] if head.note else []), *work.notes]
+    if len(results) > 1:
+        notes.append(MEAN_NOTE)
     clock.lap("score")
     layers = linear_layers(network.head)
     return FinetuneRun(
@@ -458,32 +516,26 @@ def _finish(
             "weights_digest": backbone.weights_digest,
         },
         source=data.source,
-        label=samples.inputs.label_column,
         head=str(head.run) if head.run else "fresh",
-        classes=samples.known,
         n_parameters=work.n_parameters,
         n_trained=work.n_trained,
         best_epoch=trainer.progress.best_epoch,
         curve=trainer.progress.curve,
         chosen_by=samples.protocol.chosen_by,
-        scored_on=scored_on,
-        scores=scores,
-        confusion=confusion_matrix(samples.codes[rows], predicted, n_classes),
-        score_classes=(*samples.known, *samples.unseen),
-        predictions=Predictions(
-            ids=samples.inputs.ids[rows],
-            splits=samples.inputs.splits[rows],
-            labels=samples.inputs.labels[rows],
-            predicted=np.array(samples.known, dtype=object)[predicted],
-            probability=found[np.arange(len(rows)), predicted],
-        ),
+        results=results,
+        task_weights=trainer.objective.task_weights,
         n_samples=samples.n_samples(),
         n_fit=len(data.fold.fit),
         split_origin=samples.split_origin,
         seconds=clock.seconds(),
         data_digest=samples.inputs.digest(),
         failures=data.failures,
-        notes=[*training_notes(data), *([head.note] if head.note else []), *work.notes],
+        notes=notes,
         checkpoint=checkpoint,
         out=out,
     )
+
+
+def _all_outputs(work: _Work, batches: ImageBatches | StoredBatches) -> torch.Tensor:
+    """(n_samples, n_outputs) of the network in its last state, from all processes."""
+    return work.team.joined(outputs_of(work.network, batches, work.device))

@@ -18,6 +18,7 @@ from pipeline.backbones.preprocess import Preprocess
 from pipeline.errors import DataError
 from pipeline.extract.loader import Demand, Loaded, load, load_in_order
 from pipeline.finetune.augment import Augment, seed_of
+from pipeline.finetune.parallel import ALONE, Team
 
 Indices = NDArray[np.intp]
 View = Callable[[torch.Tensor, int], torch.Tensor]  # (3, H, W) uint8 and a row -> network input
@@ -32,10 +33,18 @@ class Batch:
     Attributes:
         inputs: (n, ...), as the source keeps them.
         targets: (n,) int64, or (n, n_tasks).
+        all_targets: (n_all,) or (n_all, n_tasks), of the same step in all processes; None where
+            these are all.
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
+    all_targets: torch.Tensor | None = None
+
+    @property
+    def n_all(self) -> int:
+        """Samples of the step in all processes."""
+        return len(self.targets if self.all_targets is None else self.all_targets)
 
 
 class Batches(Protocol):
@@ -52,11 +61,14 @@ class Batches(Protocol):
         ...
 
     def training(self, epoch: int, first_step: int = 0) -> Generator[Batch]:
-        """The batches of an epoch from ``first_step`` on; ``epoch`` alone decides what they are."""
+        """The batches of an epoch from ``first_step`` on; ``epoch`` alone decides what they are.
+
+        Of several processes, each has its part of every batch.
+        """
         ...
 
     def plain(self) -> Generator[Batch]:
-        """All samples as they are, in order."""
+        """All samples as they are, in order; of several processes, each has its part of them."""
         ...
 
     def to_device(self, inputs: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -75,6 +87,24 @@ def epoch_order(n_samples: int, batch_size: int, seed: int, epoch: int) -> list[
     """
     order = np.random.default_rng([seed, epoch]).permutation(n_samples)
     return np.array_split(order, max(1, -(-n_samples // batch_size)))
+
+
+def plain_order(n_samples: int, team: Team) -> list[Indices]:
+    """Rows of each batch of this process's part, in order."""
+    part = team.part(np.arange(n_samples))
+    return np.array_split(part, -(-len(part) // PLAIN_BATCH_SIZE)) if len(part) else []
+
+
+def make_batch(inputs: torch.Tensor, targets: torch.Tensor, part: Indices, whole: Indices) -> Batch:
+    """This process's part of a step's samples, with what is to be learned in the whole step.
+
+    Args:
+        inputs: (n_part, ...).
+        targets: of the source's samples.
+        part: (n_part,), which of them.
+        whole: (n_all,), which of them in all processes.
+    """
+    return Batch(inputs, targets[torch.from_numpy(part)], targets[torch.from_numpy(whole)])
 
 
 class Images:
@@ -96,22 +126,29 @@ class Images:
         self._lock = threading.Lock()
 
     def scan(
-        self, on_progress: Callable[[int], None] = lambda _: None
+        self, on_progress: Callable[[int], None] = lambda _: None, team: Team = ALONE
     ) -> tuple[list[bytes], dict[int, str]]:
         """Read and decode every file once.
+
+        Args:
+            on_progress: is told how many more were read.
+            team: processes that read a part each, and tell each other of it.
 
         Returns:
             sha256 of each file, 32 bytes; and why files cannot be used, by row.
         """
-        digests: list[bytes] = []
-        failures: dict[int, str] = {}
-        rows = range(len(self.files))
-        for row, one in enumerate(self._load(rows, lambda pixels, _: pixels[:, :1, :1])):
-            digests.append(one.digest)
-            if one.failure:
-                failures[row] = one.failure
-            on_progress(1)
-        return digests, failures
+        rows = team.part(np.arange(len(self.files))).tolist()
+
+        def read() -> list[tuple[bytes, str]]:
+            found = []
+            for one in self._load(rows, lambda pixels, _: pixels[:, :1, :1]):
+                found.append((one.digest, one.failure))
+                on_progress(1)
+            return found
+
+        found = [one for part in team.each(read) for one in part]
+        failures = {row: failure for row, (_, failure) in enumerate(found) if failure}
+        return [digest for digest, _ in found], failures
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all files but these, which become rows 0, 1, …."""
@@ -177,8 +214,9 @@ class ImageBatches:
         targets: (n_rows,) int64.
         preprocess: makes the plain view, and normalises.
         augment: makes the views of training.
-        batch_size: samples a step.
+        batch_size: samples a step, in all processes.
         seed: of order and views.
+        team: processes that share every batch.
     """
 
     images: Images
@@ -189,6 +227,7 @@ class ImageBatches:
     augment: Augment
     batch_size: int
     seed: int
+    team: Team = ALONE
 
     @property
     def n_steps(self) -> int:
@@ -203,13 +242,12 @@ class ImageBatches:
             return self.augment(pixels, seed_of(self.seed, epoch, ids[row]))
 
         order = epoch_order(len(self.rows), self.batch_size, self.seed, epoch)
-        return self._batches(order[first_step:], view)
+        return self._batches(order[first_step:], view, self.team)
 
     def plain(self) -> Generator[Batch]:
-        """All samples as they are, in order."""
-        n_batches = max(1, -(-len(self.rows) // PLAIN_BATCH_SIZE))
-        order = np.array_split(np.arange(len(self.rows)), n_batches)
-        return self._batches(order, lambda pixels, _: self.preprocess(pixels))
+        """All samples as they are, in order; of several processes, each has its part of them."""
+        order = plain_order(len(self.rows), self.team)
+        return self._batches(order, lambda pixels, _: self.preprocess(pixels), ALONE)
 
     def to_device(self, inputs: torch.Tensor, device: torch.device) -> torch.Tensor:
         """(n, 3, height, width) float32, normalised on the device."""
@@ -224,10 +262,11 @@ class ImageBatches:
             self, rows=self.rows[some], ids=self.ids[some], targets=self.targets[some.tolist()]
         )
 
-    def _batches(self, order: Sequence[Indices], view: View) -> Generator[Batch]:
-        rows = [row for part in order for row in self.rows[part].tolist()]
+    def _batches(self, order: Sequence[Indices], view: View, team: Team) -> Generator[Batch]:
+        parts = [team.part(whole) for whole in order]
+        rows = [row for part in parts for row in self.rows[part].tolist()]
         with closing(self.images.views(rows, view)) as stream:
-            for part in order:
+            for part, whole in zip(parts, order, strict=True):
                 views = torch.stack([next(stream).permute(1, 2, 0) for _ in part])
                 # Channels lie side by side in memory, as the decoders give them.
-                yield Batch(views.permute(0, 3, 1, 2), self.targets[torch.from_numpy(part)])
+                yield make_batch(views.permute(0, 3, 1, 2), self.targets, part, whole)

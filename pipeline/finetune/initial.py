@@ -24,11 +24,13 @@ from pipeline.finetune.data import TrainingData
 from pipeline.finetune.network import linear_layers, make_head
 from pipeline.finetune.settings import Settings
 from pipeline.heads import make_head as make_estimator
+from pipeline.heads import multitask_class
 from pipeline.heads.calibration import fit_temperature
 from pipeline.heads.features import HeadInputs, load_inputs
 from pipeline.heads.folds import FIT_ERRORS
 from pipeline.heads.model import HeadModel
 from pipeline.heads.scaling import fit_scaler
+from pipeline.heads.tasks import Task
 from pipeline.runs.bundle import Bundle, load_bundle
 from pipeline.runs.folder import RUN_FILE, read_run
 from pipeline.store import open_store
@@ -82,13 +84,12 @@ def head_of_run(
     """
     bundle = load_bundle(path)
     _check_features(bundle, backbone)
-    classes = data.samples.known
-    if set(bundle.classes) != set(classes):
-        raise MismatchError(_other_classes(bundle, classes))
+    if not _same_classes(bundle, data):
+        raise MismatchError(_other_classes(bundle, data))
     model, saw_choosers = _refitted(bundle, data), False
     if model is None:
         model, saw_choosers = bundle.model, len(data.fold.choose) > 0
-    module = head_module(model, classes, path=path, dropout=settings.dropout)
+    module = head_module(model, data.tasks, path=path, dropout=settings.dropout)
     shown = f"{bundle.card['head']} of {path}"
     if not saw_choosers:
         note = f"The head starts as {shown}, fitted again without the samples that choose."
@@ -109,8 +110,10 @@ def find_run(runs: Path, backbone: Backbone, data: TrainingData, settings: Setti
         runs: a folder of runs.
         backbone: that will be trained.
         data: with the classes and the label column.
-        settings: widths of hidden layers that were asked for.
+        settings: widths of hidden layers that were asked for; of several label columns none for
+            any, as every head that learns several has some.
     """
+    any_widths = len(data.tasks) > 1 and not settings.hidden
     found: list[tuple[float, str]] = []
     for file in sorted(runs.glob(f"*/{RUN_FILE}")):
         try:
@@ -122,18 +125,18 @@ def find_run(runs: Path, backbone: Backbone, data: TrainingData, settings: Setti
                 continue
             bundle = load_bundle(file.parent)
             _check_features(bundle, backbone)
-            module = head_module(bundle.model, data.samples.known, path=file.parent)
+            module = head_module(bundle.model, data.tasks, path=file.parent)
         except TlpipeError:
             continue  # not one to start from
         widths = tuple(layer.out_features for layer in linear_layers(module)[:-1])
-        if set(bundle.classes) == set(data.samples.known) and widths == settings.hidden:
+        if _same_classes(bundle, data) and (any_widths or widths == settings.hidden):
             top1 = run.get("metrics", {}).get("val", {}).get("top1", {}).get("value", 0.0)
             found.append((float(top1), str(file.parent)))
     return Path(max(found)[1]) if found else None
 
 
 def head_module(
-    model: HeadModel, classes: Sequence[str], *, path: Path, dropout: float = 0.0
+    model: HeadModel, tasks: Sequence[Task], *, path: Path, dropout: float = 0.0
 ) -> nn.Sequential:
     """Linear layers whose softmax gives the model's probabilities.
 
@@ -164,7 +167,7 @@ def head_module(
     if len(weights[-1]) == 1:  # the single output of two classes stands against a zero
         weights[-1] = np.vstack([np.zeros_like(weights[-1]), weights[-1]])
         biases[-1] = np.concatenate([[0.0], biases[-1]])
-    order = _order(model, classes, path)
+    order = _order(model, tasks, path)
     weights[-1] = weights[-1][order] / model.temperature
     biases[-1] = biases[-1][order] / model.temperature
     if scaler.mean is not None and scaler.scale is not None:
@@ -172,7 +175,7 @@ def head_module(
         biases[0] = biases[0] - weights[0] @ scaler.mean
     module = make_head(
         weights[0].shape[1],
-        len(classes),
+        len(order),
         hidden=[len(weight) for weight in weights[:-1]],
         dropout=dropout,
         normalise=scaler.kind == "l2",
@@ -196,16 +199,22 @@ def _layers(arrays: Mapping[str, Array]) -> list[tuple[Array, Array]]:
     return [(arrays[name], arrays[name.removesuffix("weight") + "bias"]) for name in names]
 
 
-def _order(model: HeadModel, classes: Sequence[str], path: Path) -> list[int]:
-    """For each class the head's output."""
-    names = [model.classes[int(code)] for code in model.head.classes_]
-    missing = sorted(set(classes) - set(names))
+def _order(model: HeadModel, tasks: Sequence[Task], path: Path) -> list[int]:
+    """For each class of each task the head's output."""
+    learned = _outputs(model.tasks or (Task(tasks[0].label, model.classes),))
+    found = [learned[int(code)] for code in model.head.classes_]
+    missing = sorted(set(_outputs(tasks)) - set(found))
     if missing:
         raise MismatchError(
-            f"The head of {path} has never seen a sample of {missing[0]!r}.\n"
+            f"The head of {path} has never seen a sample of {missing[0][1]!r}.\n"
             "  Fit it again, or use --init-head none."
         )
-    return [names.index(name) for name in classes]
+    return [found.index(output) for output in _outputs(tasks)]
+
+
+def _outputs(tasks: Sequence[Task]) -> list[tuple[str, str]]:
+    """Label and class of each output."""
+    return [(task.label, name) for task in tasks for name in task.classes]
 
 
 def _check_features(bundle: Bundle, backbone: Backbone) -> None:
@@ -236,7 +245,27 @@ def _check_features(bundle: Bundle, backbone: Backbone) -> None:
             )
 
 
-def _other_classes(bundle: Bundle, classes: Sequence[str]) -> str:
+def _same_classes(bundle: Bundle, data: TrainingData) -> bool:
+    """Whether a head knows the classes of the data; of several label columns the names count."""
+    several = len(data.tasks) > 1
+
+    def known(tasks: Sequence[Task]) -> list[tuple[str, set[str]]]:
+        return [(task.label if several else "", set(task.classes)) for task in tasks]
+
+    return known(bundle.tasks) == known(data.tasks)
+
+
+def _other_classes(bundle: Bundle, data: TrainingData) -> str:
+    if len(bundle.tasks) > 1 or len(data.tasks) > 1:
+        found, wanted = (
+            " + ".join(f"{task.label} ({len(task.classes)} classes)" for task in tasks)
+            for tasks in (bundle.tasks, data.tasks)
+        )
+        return (
+            f"The head of {bundle.path} has learned {found}, but this training is of {wanted}.\n"
+            "  Fit a head on these label columns, or use --init-head none."
+        )
+    classes = data.samples.known
     extra = sorted(set(bundle.classes) - set(classes))
     missing = sorted(set(classes) - set(bundle.classes))
     parts = [f"it lacks {missing[0]!r}"] if missing else []
@@ -255,9 +284,8 @@ def _refitted(bundle: Bundle, data: TrainingData) -> HeadModel | None:
         store = open_store(block.store)
         if store.key != block.key:
             return None
-        features = load_inputs(
-            [store], layers=list(block.layers), label=samples.inputs.label_column
-        )
+        label = tuple(samples.inputs.columns) or samples.inputs.label_column
+        features = load_inputs([store], layers=list(block.layers), label=label)
     except TlpipeError:
         return None
     places = {sample: row for row, sample in enumerate(_samples(features))}
@@ -267,11 +295,16 @@ def _refitted(bundle: Bundle, data: TrainingData) -> HeadModel | None:
         return None
     X = np.asarray(features.features[np.array(wanted, np.intp)], np.float32)
     scaler = fit_scaler(X, bundle.model.scaler.kind, features.widths)
-    head = make_estimator(str(bundle.card["head"]), **bundle.card["params"])
+    name, params = str(bundle.card["head"]), bundle.card["params"]
+    several = len(data.tasks) > 1
+    head = multitask_class(name)(**params) if several else make_estimator(name, **params)
     try:
         head.fit(scaler(X), samples.codes[data.fold.fit])
     except FIT_ERRORS:
         return None
+    if several:
+        classes = tuple(name for task in data.tasks for name in task.classes)
+        return HeadModel(scaler, head, 1.0, classes, data.tasks)
     if len(head.classes_) < len(samples.known):
         return None
     model = HeadModel(scaler, head, 1.0, samples.known)

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipeline.finetune.bundle import Architecture, save_network
 from pipeline.finetune.checkpoint import METRICS_FILE, Checkpoint, write_metrics
 from pipeline.finetune.network import Classifier
 from pipeline.finetune.settings import Settings
 from pipeline.heads.metrics import Score
+from pipeline.heads.tasks import Task
 from pipeline.runs.folder import (
     RUN_FILE,
     RUN_FORMAT,
@@ -21,7 +19,8 @@ from pipeline.runs.folder import (
     create_run,
     write_json,
 )
-from pipeline.runs.predictions import PREDICTIONS_FILE, Predictions
+from pipeline.runs.predictions import PREDICTIONS_FILE
+from pipeline.runs.tasks import TaskResult, mean_scores
 from pipeline.sweep.head_run import versions
 
 _MAX_CLASSES_WITH_CONFUSION = 200
@@ -39,18 +38,14 @@ class FinetuneRun:
         lr_trials: what ``lr="auto"`` tried.
         backbone: its name, where its weights are from, their digest.
         source: name, spec and layout of the data.
-        label: the label column.
         head: what the head started from, in words.
         n_parameters: of the network with its new head.
         n_trained: that were trained.
         best_epoch: epochs before the state that was kept.
         curve: one entry an epoch; the first is before training.
         chosen_by: which samples chose the epoch and the learning rate, in words.
-        scored_on: "test"; "val" where there is no test split; "" where nothing could be scored.
-        scores: metrics of "test" and "val", as far as there are; "val" are the samples that chose.
-        confusion: (n_classes, n_classes) of ``scored_on``, true class by row.
-        score_classes: the classes of ``confusion``: the network's, then those only test has.
-        predictions: of the samples of ``scored_on``.
+        results: what was found out about each label column; "val" are the samples that chose.
+        task_weights: what each column's loss was multiplied with in the end.
         n_samples: samples by split.
         n_fit: samples that were trained on.
         split_origin: how the splits came about.
@@ -69,19 +64,14 @@ class FinetuneRun:
     lr_trials: list[dict[str, Any]]
     backbone: dict[str, str]
     source: dict[str, Any]
-    label: str
     head: str
-    classes: tuple[str, ...]
     n_parameters: int
     n_trained: int
     best_epoch: int
     curve: list[dict[str, Any]]
     chosen_by: str
-    scored_on: str
-    scores: dict[str, dict[str, Score]]
-    confusion: NDArray[np.int64]
-    score_classes: tuple[str, ...]
-    predictions: Predictions
+    results: tuple[TaskResult, ...]
+    task_weights: list[float]
     n_samples: dict[str, int]
     n_fit: int
     split_origin: str
@@ -91,6 +81,26 @@ class FinetuneRun:
     notes: list[str]
     checkpoint: Checkpoint
     out: Path
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The label columns with their classes."""
+        return tuple(result.task for result in self.results)
+
+    @property
+    def label(self) -> str:
+        """Names of the label columns."""
+        return " + ".join(task.label for task in self.tasks)
+
+    @property
+    def scores(self) -> dict[str, dict[str, Score]]:
+        """Metrics of "test" and "val", as far as there are; means over several label columns."""
+        return self.results[0].scores if len(self.results) == 1 else mean_scores(self.results)
+
+    @property
+    def scored_on(self) -> str:
+        """Where the metrics are from: "test", else "val"; "" where nothing could be scored."""
+        return next(iter(self.scores), "")
 
     @property
     def metrics(self) -> dict[str, Score]:
@@ -113,7 +123,6 @@ class FinetuneRun:
             "source": self.source,
             "label": self.label,
             "seed": self.settings.seed,
-            "classes": list(self.classes),
             "n_samples": self.n_samples,
             "n_fit": self.n_fit,
             "n_parameters": self.n_parameters,
@@ -131,10 +140,15 @@ class FinetuneRun:
             "data_digest": self.data_digest,
             "versions": versions(),
         }
-        if len(self.score_classes) <= _MAX_CLASSES_WITH_CONFUSION:
+        if len(self.results) > 1:
+            tasks = [result.to_dict() for result in self.results]
+            return {**document, "tasks": tasks, "task_weights": self.task_weights}
+        result = self.results[0]
+        document["classes"] = list(result.task.classes)
+        if len(result.score_classes) <= _MAX_CLASSES_WITH_CONFUSION:
             document["confusion"] = {
-                "classes": list(self.score_classes),
-                "counts": self.confusion.tolist(),
+                "classes": list(result.score_classes),
+                "counts": result.confusion.tolist(),
             }
         return document
 
@@ -166,7 +180,11 @@ class FinetuneRun:
 
     def _write(self, folder: Path, document: dict[str, Any]) -> None:
         write_json(folder / RUN_FILE, document)
-        self.predictions.write(folder / PREDICTIONS_FILE)
+        if len(self.results) == 1:
+            self.results[0].predictions.write(folder / PREDICTIONS_FILE)
+        else:
+            for result in self.results:
+                result.write_predictions(folder)
         write_metrics(folder / METRICS_FILE, self.curve)
         about = {
             "label": self.label,
@@ -175,4 +193,4 @@ class FinetuneRun:
             "data_digest": self.data_digest,
             "backbone": self.backbone,
         }
-        save_network(folder, self.network, self.architecture, self.classes, about)
+        save_network(folder, self.network, self.architecture, self.tasks, about)

@@ -47,8 +47,11 @@ def search_lr(
     choose: Batches | None,
     settings: Settings,
     n_steps: int,
+    trials: list[dict[str, Any]],
+    *,
+    keep: Callable[[], None] = lambda: None,
     note: Callable[[str], None] = lambda _: None,
-) -> tuple[float, list[dict[str, Any]]]:
+) -> float:
     """Find a learning rate; the network is left as it was.
 
     Args:
@@ -56,20 +59,23 @@ def search_lr(
         choose: samples that choose; None lets the training loss choose.
         settings: which policy and optimiser.
         n_steps: of the training to come.
+        trials: of the same search before it was stopped, which are not repeated; what is tried is
+            added: lr, steps, loss (None where it diverged), seconds.
+        keep: is called after each trial.
         note: is told what was tried, a line each.
-
-    Returns:
-        The rate, and what was tried: lr, steps, loss (None where it diverged), seconds.
 
     Raises:
         TlpipeError: every rate diverged.
     """
-    lrs = candidates(settings)
-    trials: list[dict[str, Any]] = []
+    lrs, before = candidates(settings), list(trials)
     for share, fewest in ROUNDS:
         n_round = min(n_steps, max(fewest, round(share * n_steps)))
         losses = {}
         for lr in lrs:
+            if before:
+                loss = before.pop(0)["loss"]
+                losses[lr] = math.inf if loss is None else loss
+                continue
             started = time.perf_counter()
             losses[lr] = _try(make_trainer(lr, n_round), choose)
             trial = {
@@ -79,6 +85,7 @@ def search_lr(
                 "seconds": round(time.perf_counter() - started, 3),
             }
             trials.append(trial)
+            keep()
             note(f"  learning rate {lr:g}: loss {losses[lr]:.3f} after {n_round} steps")
         lrs = sorted(lrs, key=losses.__getitem__)[: max(1, len(lrs) // 2)]
         if not math.isfinite(losses[lrs[0]]):
@@ -87,7 +94,7 @@ def search_lr(
                 "stopped being a number.\n"
                 f"  Give a smaller one:  --lr {min(losses) / 10:.1g},  or try --precision fp32."
             )
-    return lrs[0], trials
+    return lrs[0]
 
 
 def _try(trainer: Trainer, choose: Batches | None) -> float:
@@ -97,7 +104,7 @@ def _try(trainer: Trainer, choose: Batches | None) -> float:
     try:
         loss = trainer.steps_only()
         if choose is not None and math.isfinite(loss):
-            outputs = outputs_of(network, choose, trainer.device)
+            outputs = trainer.team.joined(outputs_of(network, choose, trainer.device))
             loss, _ = trainer.objective.scores(outputs, choose.targets)
         return loss if math.isfinite(loss) else math.inf
     finally:

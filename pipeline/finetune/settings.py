@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.errors import UnknownNameError, UsageError
+from pipeline.heads.tasks import TASK_WEIGHTS
 
 POLICIES = ("head", "last:N", "full", "gradual", "scratch", "bitfit", "norm", "lora")
 AUGMENTATIONS = ("none", "crop", "trivial", "rand")
@@ -36,6 +37,7 @@ class Settings:
             for "scratch" and "lora".
         warmup: share of the steps in which the learning rate rises; it then falls along a cosine.
         label_smoothing: share of each target that is spread evenly over the classes.
+        task_weights: of several label columns: "equal", or "uncertainty", which learns them.
         mixup: alpha of mixup's Beta distribution; 0 for none.
         cutmix: alpha of CutMix; 0 for none. With both, each step takes one of them.
         augment: "none" (the plain view), "crop" (random resized crop), "trivial" or "rand" (the
@@ -77,6 +79,7 @@ class Settings:
     layer_decay: float | None = None
     warmup: float = 0.1
     label_smoothing: float = 0.0
+    task_weights: str = "equal"
     mixup: float = 0.0
     cutmix: float = 0.0
     augment: str = "crop"
@@ -115,6 +118,7 @@ class Settings:
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("precision", self.precision, PRECISIONS),
             ("BatchNorm choice", self.batchnorm or "frozen", BATCHNORMS),
+            ("task weighting", self.task_weights, TASK_WEIGHTS),
         ):
             if value not in known:
                 raise UnknownNameError(name, value, known)

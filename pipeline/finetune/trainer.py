@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.errors import ResourceError
 from pipeline.finetune.augment import seed_of, seeded_step
@@ -29,8 +30,13 @@ from pipeline.finetune.optim import (
     set_lr,
     snapshot,
 )
+from pipeline.finetune.parallel import ALONE, Team
 from pipeline.finetune.policies import Policy
 from pipeline.finetune.settings import Settings
+
+# Weights of tasks are numbers about 1, whatever rate suits the network; far from the best they move
+# by so much a step.
+_OBJECTIVE_LR = 0.05
 
 
 @dataclass
@@ -87,6 +93,9 @@ class Trainer:
     Every random number is a function of seed and step, and the learning rate of the step, so a
     training that is taken up at a step goes on as if nothing had happened.
 
+    Several processes take every step together, each with its part of the batch: the gradients are
+    those of the whole batch, so that all of them hold the same network.
+
     Args:
         network: on its device; changed in place.
         policy: what of it is trained.
@@ -99,7 +108,8 @@ class Trainer:
         n_steps: steps in all; None for all epochs.
         checkpoint: where progress is kept; None for nowhere.
         hooks: who is told.
-        wrap: makes what is called of the network, such as torch.compile's or DDP's.
+        team: the processes that train together.
+        wrap: makes what is called of the network, such as torch.compile's.
         first_can_be_best: whether the network as it starts may be kept.
     """
 
@@ -117,12 +127,13 @@ class Trainer:
         n_steps: int | None = None,
         checkpoint: Checkpoint | None = None,
         hooks: Hooks = Hooks(),
+        team: Team = ALONE,
         wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
         first_can_be_best: bool = True,
     ) -> None:
         self.network, self.policy, self.settings = network, policy, settings
         self.train, self.choose, self.objective = train, choose, objective
-        self.lr, self.hooks = lr, hooks
+        self.lr, self.hooks, self.team = lr, hooks, team
         self.progress = Progress()
         self.device = next(network.head.parameters()).device
         self.n_steps = n_steps or settings.epochs * train.n_steps
@@ -132,6 +143,10 @@ class Trainer:
         self._names = policy.changing(network)
         self._forward = wrap(network)
         self._optimizer = make_optimizer(network, policy, settings)
+        self._trained = [p for group in self._optimizer.param_groups for p in group["params"]]
+        if objective.parameters:
+            beside = {"params": list(objective.parameters), "scale": _OBJECTIVE_LR / lr}
+            self._optimizer.add_param_group({**beside, "weight_decay": 0.0})
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=dtype is torch.float16)
         self._pull = PullToStart(network, policy, settings.l2_sp)
         self._average = MovingAverage(network, self._names, settings.ema) if settings.ema else None
@@ -172,11 +187,11 @@ class Trainer:
                     loss = self._step(batch)
                     if not math.isfinite(loss):
                         return math.inf
-                    total, n_seen = total + loss * len(batch.inputs), n_seen + len(batch.inputs)
+                    total, n_seen = total + loss * batch.n_all, n_seen + batch.n_all
                     self.progress.step += 1
-                    if self.hooks.should_stop():
+                    if self._is_asked_to_stop():
                         raise StoppedError(
-                            "Stopped while a learning rate was searched; nothing was kept."
+                            "Stopped while learning rates were tried; those tried before are kept."
                         )
                     if self._share_done() >= 1:
                         break
@@ -191,6 +206,7 @@ class Trainer:
             "lr": self.lr,
             "network": snapshot(self.network, self._names),
             "optimizer": self._optimizer.state_dict(),
+            "objective": [parameter.detach().clone() for parameter in self.objective.parameters],
             "scaler": self._scaler.state_dict(),
             "average": self._average.values if self._average else {},
             "best": self._best,
@@ -203,6 +219,9 @@ class Trainer:
         self.lr = state["lr"]
         restore(self.network, state["network"])
         self._optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for parameter, value in zip(self.objective.parameters, state["objective"], strict=True):
+                parameter.copy_(value)
         self._scaler.load_state_dict(state["scaler"])
         if self._average:
             for name, value in state["average"].items():
@@ -217,8 +236,13 @@ class Trainer:
         """Share of the steps or of the time that is used up, whichever is larger."""
         share = self.progress.step / self.n_steps
         if self.settings.budget_seconds is not None:
-            share = max(share, self._seconds() / self.settings.budget_seconds)
+            seconds = self.team.largest(self._seconds())
+            share = max(share, seconds / self.settings.budget_seconds)
         return share
+
+    def _is_asked_to_stop(self) -> bool:
+        """Whether the user asked any of the processes."""
+        return self.team.any(self.hooks.should_stop())
 
     def _epoch(self) -> None:
         """One pass over the samples, or what is left of it."""
@@ -233,9 +257,9 @@ class Trainer:
                     return
                 progress.step += 1
                 progress.step_in_epoch += 1
-                progress.loss_sum += loss * len(batch.inputs)
-                progress.n_seen += len(batch.inputs)
-                self.hooks.on_samples(len(batch.inputs))
+                progress.loss_sum += loss * batch.n_all
+                progress.n_seen += batch.n_all
+                self.hooks.on_samples(batch.n_all)
                 if self._share_done() >= 1:
                     break
                 if progress.step_in_epoch < self.train.n_steps:
@@ -250,6 +274,7 @@ class Trainer:
         """One update of the weights; the mean loss, which is not finite where nothing was updated.
 
         Where memory does not suffice, fewer samples are computed at once and gradients added up.
+        Each process may do so by itself, as they meet only once all pieces are computed.
         """
         self._lr = self.lr * lr_factor(
             max(self._share_done(), (self.progress.step + 0.5) / self.n_steps), self.settings.warmup
@@ -262,15 +287,16 @@ class Trainer:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                self._halve(error)
+                self._halve(error, len(batch.inputs))
             if self.device.type == "cuda":  # only here has the failed attempt let go of its memory
                 torch.cuda.empty_cache()
+        loss = self._add_up_over_processes(loss, len(batch.inputs) / batch.n_all)
         if not math.isfinite(loss):
             return loss
         self._scaler.unscale_(self._optimizer)
         self._pull.add_gradient()
         if self.settings.clip:
-            nn.utils.clip_grad_norm_(self._trained(), self.settings.clip)
+            nn.utils.clip_grad_norm_(self._trained, self.settings.clip)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._average:
@@ -278,45 +304,62 @@ class Trainer:
         return loss
 
     def _accumulate(self, batch: Batch) -> float:
-        """Gradients of a batch's mean loss, a piece at a time; that loss."""
+        """Gradients of what a batch adds to the step's mean loss, a piece at a time; that share."""
         self._optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        seed = seed_of(self.settings.seed, "step", self.progress.step)
+        # Dropout and mixing of the first process are those of a process alone.
+        others = [self.team.rank] if self.team.rank else []
+        seed = seed_of(self.settings.seed, "step", self.progress.step, *others)
         with seeded_step(seed, self.device):
             inputs, targets = self.objective.mix(
-                self.train.to_device(batch.inputs, self.device), batch.targets.to(self.device)
+                self.train.to_device(batch.inputs, self.device),
+                batch.targets.to(self.device),
+                batch.all_targets,
             )
             size = self._micro_batch_size
             parts = torch.split(inputs, size), torch.split(targets, size)
-            pieces = list(zip(*parts, strict=True))
-            for number, (some, wanted) in enumerate(pieces, 1):
-                with self._syncing(number == len(pieces)):
-                    with autocast(self.device, self._dtype):
-                        outputs = self._forward(some)
-                    loss = self.objective.loss(outputs, wanted) * (len(some) / len(inputs))
-                    torch.autograd.backward(self._scaler.scale(loss))
+            for some, wanted in zip(*parts, strict=True):
+                with autocast(self.device, self._dtype):
+                    outputs = self._forward(some)
+                loss = self.objective.loss(outputs, wanted) * (len(some) / batch.n_all)
+                torch.autograd.backward(self._scaler.scale(loss))
                 total += loss.detach()
         return float(total)
 
-    def _syncing(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Processes exchange gradients once a step."""
-        no_sync = getattr(self._forward, "no_sync", None)
-        return nullcontext() if is_last or no_sync is None else no_sync()
+    def _add_up_over_processes(self, loss: float, share: float) -> float:
+        """Make gradients and loss those of the whole step in every process.
 
-    def _trained(self) -> list[nn.Parameter]:
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
+        Statistics of BatchNorm that change become the mean of the processes', by ``share``, this
+        process's share of the samples; variance between the parts of a batch is left out, as it is
+        between the pieces of one.
+        """
+        if self.team.n == 1:
+            return loss
+        total = torch.tensor([loss], device=self.device)
+        learned = (*self._trained, *self.objective.parameters)
+        gradients = [p.grad for p in learned if p.grad is not None]
+        statistics = [
+            values.mul_(share)
+            for module in self.network.modules()
+            if isinstance(module, _BatchNorm) and module.training
+            for values in (module.running_mean, module.running_var)
+            if values is not None
+        ]
+        self.team.add_up([total, *gradients, *statistics])
+        return float(total)
 
-    def _halve(self, error: RuntimeError) -> None:
-        if self._micro_batch_size == 1:
+    def _halve(self, error: RuntimeError, n_samples: int) -> None:
+        n_at_once = min(self._micro_batch_size, n_samples)
+        if n_at_once == 1:
             raise ResourceError(
                 f"{self.device} has too little memory to train on a single image at a time.\n"
                 "  Train less of the network (--policy last:1), or use a smaller --image-size or "
                 "--backbone."
             ) from error
-        self._micro_batch_size = min(self._micro_batch_size, self.settings.batch_size) // 2
+        self._micro_batch_size = n_at_once // 2
         self.hooks.note(
-            f"{self.device} has too little memory for {2 * self._micro_batch_size} images at "
-            f"once: gradients of {self._micro_batch_size} at a time are added up."
+            f"{self.device} has too little memory for {n_at_once} images at once: gradients of "
+            f"{self._micro_batch_size} at a time are added up."
         )
 
     def _end_of_epoch(self, *, train_loss: float | None, images_per_second: float | None) -> None:
@@ -363,7 +406,8 @@ class Trainer:
         """Loss and accuracy on the samples that choose."""
         if self.choose is None:
             return None, None
-        outputs = outputs_of(self.network, self.choose, self.device, self._dtype)
+        part = outputs_of(self.network, self.choose, self.device, self._dtype)
+        outputs = self.team.joined(part)
         loss, top1 = self.objective.scores(outputs, self.choose.targets)
         # A loss that is not a number would not be valid JSON, and chooses nothing.
         return (loss, top1) if math.isfinite(loss) else (None, 0.0)
@@ -382,16 +426,15 @@ class Trainer:
 
     def _keep(self, *, at_once: bool = False) -> None:
         """Write a checkpoint where it is time for one, or the user asks to stop."""
-        is_asked = self.hooks.should_stop()
-        if self._checkpoint is None:
-            if is_asked:
-                raise StoppedError("Stopped; nothing was kept.")
-            return
+        is_asked = self._is_asked_to_stop()
         now = time.perf_counter()
-        if at_once or is_asked or now - self._saved >= self.settings.checkpoint_seconds:
+        is_time = at_once or is_asked or now - self._saved >= self.settings.checkpoint_seconds
+        if is_time and self._checkpoint is not None and self.team.is_first:
             self._checkpoint.save(self.state())
             self._checkpoint.write_metrics(self.progress.curve)
             self._saved = now
+        if is_asked and self._checkpoint is None:
+            raise StoppedError("Stopped; nothing was kept.")
         if is_asked and not self.progress.done:
             raise StoppedError(
                 f"Stopped after step {self.progress.step:,} of {self.n_steps:,}; all of it is kept."

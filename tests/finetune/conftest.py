@@ -6,7 +6,10 @@ from PIL import Image
 
 from pipeline.backbones import load_backbone
 from pipeline.data import open_source
+from pipeline.extract.extractor import Settings as ExtractSettings
+from pipeline.extract.extractor import extract
 from pipeline.finetune import Settings, finetune
+from pipeline.store import open_store
 
 SIZE = 32
 
@@ -33,6 +36,20 @@ def photos(tmp_path):
 def backbone():
     """A network of a hundred thousand parameters with BatchNorm and random weights."""
     return load_backbone("timm:test_efficientnet", weights="random", image_size=SIZE)
+
+
+@pytest.fixture
+def embed(tmp_path, photos, backbone):
+    """A feature store of a folder, exact to float32."""
+
+    def run(data=photos, network=backbone, layers=("penultimate",)):
+        source = open_source(str(data), cache_dir=tmp_path / "cache")
+        settings = ExtractSettings(
+            layers=layers, precision="fp32", storage="float32", device="cpu", engine="eager"
+        )
+        return open_store(extract(source, network, settings, cache_dir=tmp_path / "cache").store)
+
+    return run
 
 
 @pytest.fixture

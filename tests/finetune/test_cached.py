@@ -165,7 +165,8 @@ def test_cached_training_ends_where_ordinary_training_ends(train, cached, policy
     for one, other in zip(plain.curve, fast.curve, strict=True):
         assert other["val_loss"] == pytest.approx(one["val_loss"], rel=0.01)
     assert (fast.n_trained, fast.n_parameters) == (plain.n_trained, plain.n_parameters)
-    assert fast.predictions.ids.tolist() == plain.predictions.ids.tolist()
+    ids = [run.results[0].predictions.ids.tolist() for run in (fast, plain)]
+    assert ids[0] == ids[1]
     start = train(settings={"policy": policy, "epochs": 1, "lr": 1e-12})
     before, after, wanted = state(start), state(fast), state(plain)
     for name, value in before.items():
@@ -208,12 +209,12 @@ def test_the_saved_network_is_whole(cached, photos):
     path = run.save()
 
     bundle = load_network(path)
-    files = [str(photos / name) for name in run.predictions.ids]
+    files = [str(photos / name) for name in run.results[0].predictions.ids]
     probabilities, usable, failures = bundle.classify(files, device="cpu")
 
     assert (len(usable), failures) == (len(files), {})
     found = np.array(bundle.classes)[probabilities.argmax(axis=1)]
-    assert found.tolist() == run.predictions.predicted.tolist()
+    assert found.tolist() == run.results[0].predictions.predicted.tolist()
     document = json.loads((path / "run.json").read_text())
     assert document["settings"]["cached"] is True
 

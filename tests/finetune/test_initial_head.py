@@ -9,16 +9,14 @@ import torch
 from pipeline.backbones import load_backbone
 from pipeline.data import open_source
 from pipeline.errors import MismatchError, StoreError
-from pipeline.extract.extractor import Settings as ExtractSettings
-from pipeline.extract.extractor import extract
 from pipeline.finetune import Settings
 from pipeline.finetune.initial import head_module
 from pipeline.heads import make_head
 from pipeline.heads.calibration import fit_temperature
 from pipeline.heads.model import HeadModel
 from pipeline.heads.scaling import fit_scaler
+from pipeline.heads.tasks import Task
 from pipeline.runs.bundle import load_bundle
-from pipeline.store import open_store
 from pipeline.sweep.fit import fit_head
 from tests.finetune.conftest import SIZE, write_photos
 
@@ -31,22 +29,10 @@ SETTINGS = {
 }
 
 
-@pytest.fixture
-def embed(tmp_path, photos, backbone):
-    def run(data=photos, network=backbone, layers=("penultimate",)):
-        source = open_source(str(data), cache_dir=tmp_path / "cache")
-        settings = ExtractSettings(
-            layers=layers, precision="fp32", storage="float32", device="cpu", engine="eager"
-        )
-        return open_store(extract(source, network, settings, cache_dir=tmp_path / "cache").store)
-
-    return run
-
-
 def network_logits(run, photos):
     """Of the network as it starts, for the images that were scored."""
     network = run.network.eval()
-    return network, [str(photos / name) for name in run.predictions.ids]
+    return network, [str(photos / name) for name in run.results[0].predictions.ids]
 
 
 @pytest.mark.parametrize("scaling", ["standardise", "l2", "none"])
@@ -57,7 +43,7 @@ def test_folded_layers_give_the_models_probabilities(embed, head, scaling):
     X = np.asarray(store.features(layers=["penultimate"]), np.float32)
 
     # Other classes first, to see that outputs are put in order.
-    module = head_module(model, ("c", "a", "b"), path=store.path)
+    module = head_module(model, [Task("label", ("c", "a", "b"))], path=store.path)
 
     with torch.inference_mode():
         logits = module(torch.from_numpy(X)).double()
@@ -74,7 +60,7 @@ def test_two_classes_have_two_outputs(tmp_path, embed, head):
     model = fit_head(store, head=head, settings=SETTINGS[head]).model
     X = np.asarray(store.features(layers=["penultimate"]), np.float32)
 
-    module = head_module(model, ("a", "b"), path=store.path)
+    module = head_module(model, [Task("label", ("a", "b"))], path=store.path)
 
     found = module(torch.from_numpy(X)).detach().softmax(dim=1)
     np.testing.assert_allclose(found.numpy(), model.predict_proba(X), atol=2e-5)
@@ -91,8 +77,9 @@ def test_at_the_first_step_the_network_is_the_run(embed, train, tmp_path):
 
     run = train(init_head=path, settings={"epochs": 1, "lr": 1e-12, "policy": "head"})
 
-    assert list(run.predictions.ids) == store.ids("test")
-    np.testing.assert_allclose(run.predictions.probability, expected.max(axis=1), atol=1e-4)
+    assert list(run.results[0].predictions.ids) == store.ids("test")
+    found = run.results[0].predictions.probability
+    np.testing.assert_allclose(found, expected.max(axis=1), atol=1e-4)
     note = next(note for note in run.notes if note.startswith("The head starts as logreg of"))
     assert "could not be fitted without the samples that choose" in note
     assert run.best_epoch == 1  # the start has seen those who choose, and is no candidate
@@ -121,7 +108,7 @@ def test_with_its_store_the_setting_is_fitted_without_those_who_choose(embed, tr
     model = HeadModel(scaler, head, temperature, ("a", "b", "c"))
     test = np.asarray(store.features("test", ["penultimate"]), np.float32)
     expected = model.predict_proba(test).max(axis=1)
-    np.testing.assert_allclose(run.predictions.probability, expected, atol=1e-4)
+    np.testing.assert_allclose(run.results[0].predictions.probability, expected, atol=1e-4)
 
 
 def _choosers(run, train, tmp_path):

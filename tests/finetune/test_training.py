@@ -62,7 +62,7 @@ class Hungry(nn.Linear):
         return super().forward(inputs)
 
 
-def make_trainer(layer=nn.Linear, *, lr=0.05, choose=True, hooks=None, wrap=None, **settings):
+def make_trainer(layer=nn.Linear, *, lr=0.05, choose=True, hooks=None, **settings):
     torch.manual_seed(0)
     dropout = nn.Dropout(settings.pop("drop", 0.0))
     trunk = nn.Sequential(layer(2, 8), dropout, nn.ReLU())
@@ -70,10 +70,9 @@ def make_trainer(layer=nn.Linear, *, lr=0.05, choose=True, hooks=None, wrap=None
     names = frozenset(name for name, _ in trunk.named_parameters())
     policy = Policy("full", Blocks((), {"": 0, "0": 0, "1": 0, "2": 0}), names, 0, True)
     chosen = Settings(batch_size=12, **{"epochs": 4, "weight_decay": 0.0, **settings})
-    options = {} if wrap is None else {"wrap": wrap}
     return Trainer(
         network, policy, chosen, Points(), Points(30, seed=1) if choose else None,
-        Classification(chosen, 3), lr=lr, hooks=hooks or Hooks(), **options,
+        Classification(chosen, 3), lr=lr, hooks=hooks or Hooks(),
     )  # fmt: skip
 
 
@@ -222,27 +221,6 @@ def test_the_pull_to_the_start_keeps_the_trunk_near():
     assert distance(10.0) < 0.5 * distance(0.0)
 
 
-def test_wrapped_networks_exchange_gradients_once_a_step():
-    class Wrapped(nn.Module):
-        n_skipped = 0
-
-        def __init__(self, network):
-            super().__init__()
-            self.network = network
-
-        def forward(self, inputs):
-            return self.network(inputs)
-
-        def no_sync(self):
-            Wrapped.n_skipped += 1
-            return torch.enable_grad()
-
-    trainer = make_trainer(epochs=1, micro_batch_size=4, wrap=Wrapped)
-    trainer.run()
-
-    assert Wrapped.n_skipped == 2 * trainer.n_steps
-
-
 # Learning rates and groups
 
 
@@ -307,16 +285,15 @@ def test_a_run_learns_and_is_whole(train, tmp_path):
 def test_a_saved_network_gives_the_same_probabilities(train, photos):
     run = train()
     bundle = load_network(run.save())
-    files = [str(photos / name) for name in run.predictions.ids]
+    kept = run.results[0].predictions
+    files = [str(photos / name) for name in kept.ids]
 
     probabilities, usable, failures = bundle.classify(files, device="cpu")
 
     assert usable == list(range(6))
     assert failures == {}
-    np.testing.assert_allclose(probabilities.max(axis=1), run.predictions.probability, atol=1e-6)
-    assert [bundle.classes[i] for i in probabilities.argmax(axis=1)] == list(
-        run.predictions.predicted
-    )
+    np.testing.assert_allclose(probabilities.max(axis=1), kept.probability, atol=1e-6)
+    assert [bundle.classes[i] for i in probabilities.argmax(axis=1)] == list(kept.predicted)
 
 
 @pytest.mark.parametrize("policy", ["head", "last:1", "gradual", "norm", "bitfit", "scratch"])
@@ -373,8 +350,8 @@ def test_given_val_chooses_and_classes_that_train_lacks_count_as_errors(train, t
 
     assert run.chosen_by == "val (given, 6 samples)"
     assert run.n_fit == 12
-    assert run.classes == ("a", "b", "v")
-    assert run.score_classes == ("a", "b", "v", "t")
+    assert run.tasks[0].classes == ("a", "b", "v")
+    assert run.results[0].score_classes == ("a", "b", "v", "t")
     assert max(entry["val_top1"] for entry in run.curve[1:]) <= 4 / 6
     assert run.metrics["top1"].value <= 4 / 6
     notes = "\n".join(run.notes)
