@@ -22,6 +22,7 @@ _BLOCK = 2**26
 _EIGH = 6  # matrices that an eigendecomposition holds
 _STATES = 7  # of a network's parameters: theirs, gradients, two moments, best ones, two copies
 _SCORES = 12  # tables of scores that Newton's steps hold
+_FACTOR_BYTES = 2.0**30  # as in solvers.path
 _BATCH_BYTES = 2**25  # of one such table, where one problem needs less
 _KERNELS_BYTES = 2**30  # kernels that are made at a time
 _CACHE_BYTES = 500e6  # of libsvm
@@ -135,13 +136,17 @@ def _newton(heads: Sequence[Any], size: FitSize, *, one_vs_rest: bool) -> float:
     """A design in float32 and its half in bfloat16, preconditioners, scores of many problems."""
     n, d = size.n_fitted, size.n_features
     n_outputs = size.n_classes if size.n_classes > 2 else 1
-    n_folds, n_targets = max(1, size.n_folds), n_outputs if one_vs_rest else 1
-    at = [log(head.C) for head in heads]
-    n_anchors = min(len(set(at)), 2 + int(0.8 * (max(at) - min(at)))) * n_targets
+    n_folds = max(1, size.n_folds)
     values = 4.0 * n * (min(n, d) + 1)
     square = 8.0 * min(n, d) ** 2
-    # To make a preconditioner takes its rows twice, or an eigendecomposition.
-    at_work = n_anchors * square / 2 + max(2 * values, _EIGH * square)
+    if one_vs_rest:  # a Hessian and its factor for every lane that advances
+        n_lanes = min(n_folds * n_outputs, max(1, int(_FACTOR_BYTES / square)))
+        at_work = (n_lanes + 2) * square + n_lanes * 8.0 * n
+    else:
+        at = [log(head.C) for head in heads]
+        n_anchors = min(len(set(at)), 2 + int(0.8 * (max(at) - min(at))))
+        # To make a preconditioner takes its rows twice, or an eigendecomposition.
+        at_work = n_anchors * square / 2 + max(2 * values, _EIGH * square)
     columns = 4.0 * n * n_folds * n_outputs
     tables = _SCORES * max(columns, min(columns * len(heads), _BATCH_BYTES))
     params = 4.0 * len(heads) * n_folds * n_outputs * (d + 1)
