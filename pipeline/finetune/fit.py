@@ -458,6 +458,10 @@ def _find_lr(work: _Work, checkpoint: Checkpoint, watcher: Watcher) -> float:
     return lr
 
 
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _finish(
     work: _Work,
     backbone: Backbone,
@@ -528,6 +532,8 @@ def _finish(
         n_fit=len(data.fold.fit),
         split_origin=samples.split_origin,
         seconds=clock.seconds(),
+        device=_device_name(work.device),
+        n_processes=work.team.n,
         data_digest=samples.inputs.digest(),
         failures=data.failures,
         notes=notes,

@@ -50,6 +50,8 @@ class FinetuneRun:
         n_fit: samples that were trained on.
         split_origin: how the splits came about.
         seconds: "load", "search", "train", "score" and "total".
+        device: what it ran on: "cpu", or the GPU's name.
+        n_processes: that trained together, each with a GPU of its own where it ran on GPUs.
         data_digest: sha256 over the sorted (id, digest, label) of all samples.
         failures: why samples were left out, by id.
         notes: what a user should know before believing the scores.
@@ -76,6 +78,8 @@ class FinetuneRun:
     n_fit: int
     split_origin: str
     seconds: dict[str, float]
+    device: str
+    n_processes: int
     data_digest: str
     failures: dict[str, str]
     notes: list[str]
@@ -135,6 +139,8 @@ class FinetuneRun:
             "scored_on": self.scored_on,
             "metrics": self.metrics_dict(),
             "seconds": self.seconds,
+            "device": self.device,
+            "n_processes": self.n_processes,
             "failures": self.failures,
             "notes": self.notes,
             "data_digest": self.data_digest,

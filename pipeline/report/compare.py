@@ -80,6 +80,11 @@ def compare_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str
         ]
         for line in document["lines"]
     ]
+    if any(line.get("device_seconds") for line in document["lines"]):
+        columns.append("GPU time")
+        for row, line in zip(rows, document["lines"], strict=True):
+            used = line.get("device_seconds")
+            row.append("none" if used is None else f"{seconds_text(used)} {line['device']}")
     return columns, rows
 
 

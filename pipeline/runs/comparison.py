@@ -90,6 +90,13 @@ class Contender:
         """With the features."""
         return None if self.extract_seconds is None else self.extract_seconds + self.fit_seconds
 
+    @property
+    def device_seconds(self) -> float | None:
+        """Seconds of all GPUs together; None where none took part."""
+        if self.run.get("device", "cpu") == "cpu":
+            return None
+        return self.fit_seconds * int(self.run.get("n_processes", 1))
+
     def metric(self, name: str) -> float | None:
         """A metric of the scored samples."""
         score = self.run["metrics"][self.run["scored_on"]].get(name)
@@ -112,6 +119,7 @@ class Contender:
             "fit_seconds": self.fit_seconds,
             "total_seconds": self.total_seconds,
             "device": run.get("device", "cpu"),
+            "device_seconds": self.device_seconds,
             "curve": run.get("curve", []),
         }
 

@@ -96,7 +96,7 @@ def test_other_training_data_is_warned_about(store, tmp_path):
 # The verdict
 
 
-def contender(name, n_right, *, policy=None, seconds=10.0, extract=90.0, val=None, n=1000):
+def contender(name, n_right, *, policy=None, seconds=10.0, extract=90.0, val=None, n=1000, **more):
     """A run that has its first ``n_right`` of n samples right."""
     value = n_right / n
     score = {"value": value, "low": value - 0.01, "high": value + 0.01}
@@ -115,6 +115,7 @@ def contender(name, n_right, *, policy=None, seconds=10.0, extract=90.0, val=Non
         "n_samples": {"train": 1, "val": 0, "test": n},
         "split_origin": "given",
         "curve": [{"seconds": 1.0, "val_top1": 0.5}] if policy else [],
+        **more,
     }
     right = {str(i): i < n_right for i in range(n)}
     return Contender(f"runs/{name}", run, right, 0.0 if policy else extract)
@@ -182,3 +183,15 @@ def test_page_and_table_show_every_line():
     assert "<img" not in html.replace("&lt;img", "").split("<body>")[1].split("<script")[0]
     assert "a note" in html
     assert "x has no run: y" in html
+
+
+def test_gpu_time_is_a_column_where_a_gpu_took_part():
+    tuned = contender("full", 930, policy="full", device="NVIDIA H200", n_processes=2)
+    document = Comparison([tuned, contender("logreg", 900)], []).to_dict()
+
+    columns, rows = compare_table(document)
+
+    assert document["lines"][0]["device_seconds"] == 2 * tuned.fit_seconds
+    assert columns[-1] == "GPU time"
+    assert rows[0][-1].endswith(" NVIDIA H200")
+    assert rows[1][-1] == "none"
