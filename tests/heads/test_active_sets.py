@@ -72,6 +72,13 @@ def test_a_penalty_below_the_rounding_of_float32_is_not_lost(values):
     torch.testing.assert_close(solved[0, 0].double(), expected, rtol=0.02, atol=10)
 
 
+def test_what_has_no_factor_is_told(values):
+    sets = ActiveSets.of(values, 1, curvature=2.0)
+
+    with pytest.raises(ArithmeticError, match="features or the sample weights are too large"):
+        sets.at(torch.full((40, 1), torch.inf, dtype=torch.float64), PENALTY[:1])
+
+
 def test_lanes_that_do_not_fit_at_once_are_solved_in_parts(monkeypatch):
     rng = np.random.default_rng(0)
     y = np.arange(90) % 3

@@ -233,6 +233,20 @@ def test_an_svm_that_has_converged_is_near_the_optimum(shape, dtype, n_classes):
     assert (found.objective <= best * (1 + 1e-4)).all()
 
 
+@pytest.mark.parametrize("C", [10.0, 1e3, 1e4])
+@pytest.mark.parametrize("shape", [(60, 300), (300, 20)])
+def test_an_svm_of_weak_penalty_in_float32_is_at_the_optimum_that_it_claims(shape, C):
+    X = np.random.default_rng(0).normal(size=shape)
+    y = np.arange(shape[0]) % 3
+    X[:, 0] += 6 * y
+
+    found = fit_svm(X.astype(np.float32), y, [C])
+    best = fit_svm(X, y, [C], tol=1e-9).objective
+
+    assert found.converged.all()
+    assert (found.objective <= best * (1 + 1e-4)).all()
+
+
 def test_constant_features_and_repeated_rows_change_nothing():
     X, y = blobs(40, 4, 3)
     more = np.hstack([X, np.full((40, 2), 7.0)])

@@ -35,7 +35,11 @@ class _ActiveSet:
         self.lift = 0.0
 
     def follow(self, curvature: Tensor, penalty: float) -> bool:
-        """Take up the curvature (n_samples,) of a new place; whether there is a new factor."""
+        """Take up the curvature (n_samples,) of a new place; whether there is a new factor.
+
+        Raises:
+            ArithmeticError: the Hessian is not finite.
+        """
         changed = (curvature != self.curvature).nonzero()[:, 0]
         if self.factor is not None and penalty == self.penalty and not len(changed):
             return False
@@ -52,6 +56,10 @@ class _ActiveSet:
             if factor is None:  # rounding has lost the penalty: in float32, and in float64 too
                 self.lift = 100 * self.lift or 1e-14 if self.is_exact else 0.0
                 self.is_exact = True
+            if self.lift > 1:
+                raise ArithmeticError(
+                    "the Hessian is not finite: the features or the sample weights are too large"
+                )
         self.factor = factor
         return True
 
@@ -95,6 +103,7 @@ class ActiveSets:
     """
 
     sets: list[_ActiveSet]
+    is_exact: bool = True
 
     @classmethod
     def of(cls, values: Tensor, n_problems: int, curvature: float) -> ActiveSets:

@@ -109,6 +109,10 @@ class Inverse(Protocol):
 class Preconditioner(Protocol):
     """What brings conjugate gradients near the solution."""
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is the inverse but for rounding, which products in bfloat16 would spoil."""
+
     def select(self, kept: Tensor) -> Preconditioner:
         """That of some of the problems."""
 
@@ -132,6 +136,7 @@ class Anchors:
 
     anchors: Sequence[Anchor]
     which: Tensor
+    is_exact: bool = False
 
     def select(self, kept: Tensor) -> Anchors:
         """The same for some of the problems."""
@@ -351,7 +356,7 @@ class _State:
         self.last_gap = torch.full_like(self.objective, torch.inf) if last_gap is None else last_gap
         # The least curvature that was met, in the metric of the preconditioner, and at most 1.
         self.softest = torch.ones_like(self.objective) if softest is None else softest
-        self.precise = precise or not has_fast_half(params)
+        self.precise = precise or problems.preconditioner.is_exact or not has_fast_half(params)
 
     def select(self, kept: Tensor) -> _State:
         """Some of them."""
@@ -372,26 +377,28 @@ class _State:
         gradient = gradient_of(self.design.values, self.problems.weighted(slope))
         del slope
         self.problems.add_penalty(gradient, self.params)
-        direction, decrement, rest, n_products = self._direction(gradient, bend, tol)
+        direction, decrement, rest, broken, n_products = self._direction(gradient, bend, tol)
         floor = self.objective.clamp(min=torch.finfo(torch.float64).tiny)
         foreseen = 0.5 * decrement / floor
         # No loss is below 0, so that no more than the whole objective can be missing.
         gap = (foreseen + 0.5 * rest / floor).clamp(max=1)
+        was_precise = self.precise
         # Rounding in the products shows where steps no longer bring what they should.
         slow = (foreseen > 0.5 * self.last_gap) & (self.last_gap < 1e-3)
-        self.precise = self.precise or bool(slow.any())
+        self.precise = self.precise or bool((slow | broken).any())
         self.last_gap = foreseen
         before = self.objective.clone()
         length = self._search(direction, decrement)
         self.params += length.to(direction.dtype)[:, None, None] * direction
         # A loss that bends in steps can fall by more than its curvature foretells.
         fell = (before - self.objective) / floor
-        arrived = (gap <= tol) & (fell <= 2 * tol) & ((length == 1) | (length == 0))
-        return _Step(gap, arrived, length == 0, length > 0, n_products)
+        arrived = (gap <= tol) & (fell <= 2 * tol) & ((length == 1) | (length == 0)) & ~broken
+        stuck = (length == 0) | (broken & (decrement == 0) & was_precise)
+        return _Step(gap, arrived, stuck, length > 0, n_products)
 
     def _direction(
         self, gradient: Tensor, bend: Tensor, tol: float
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         """Conjugate gradients.
 
         A step that leaves the problem on its way may be a rough one. Where it would be the last,
@@ -401,8 +408,9 @@ class _State:
         where the preconditioner is good, much where it is not.
 
         Returns:
-            Steps; their squared decrements -gᵀs, and what these lack of the full gᵀH⁻¹g, both
-            (n_problems,); products with the Hessian.
+            Steps; their squared decrements -gᵀs, what these lack of the full gᵀH⁻¹g, and whether
+            they came to no end or met a negative curvature, all (n_problems,); products with the
+            Hessian.
         """
         n_products = 0
         problems = self.problems
@@ -417,6 +425,7 @@ class _State:
         solved = inverse.solve(residual)
         search = solved.clone()
         norm = _dot(residual, solved)
+        broken = torch.zeros_like(norm, dtype=torch.bool)
         share, within = torch.ones_like(norm), 2 * tol * self.objective
         # Below the second term a step would be more exact than was asked for.
         goal = torch.maximum(_FORCING**2 * norm, _ENOUGH * within)
@@ -438,6 +447,7 @@ class _State:
             problems.add_penalty(product, search)
             bending = _dot(search, product)
             usable = bending > 0
+            broken[left] |= ~usable
             ratio = torch.where(usable, norm / bending, 0.0)
             met = torch.where(usable, bending * share / norm, torch.inf)
             self.softest[left] = torch.minimum(self.softest[left], met)
@@ -451,7 +461,9 @@ class _State:
             share = share / (share + growth)
             search = solved + growth.to(search.dtype)[:, None, None] * search
             norm = torch.where(usable, norm, 0.0)
-        return solution, -_dot(gradient, solution), rest, n_products
+        else:
+            broken[left] = True
+        return solution, -_dot(gradient, solution), rest, broken, n_products
 
     def _search(self, direction: Tensor, decrement: Tensor) -> Tensor:
         """Step lengths 1, ½, ¼… that lower the objective enough, or 0; scores move along."""
