@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,8 +20,12 @@ from pipeline.commands.console import (
     printable,
 )
 from pipeline.commands.sweep_options import label_option, parse_seconds, split_commas
-from pipeline.errors import EXIT_DONE, UsageError
+from pipeline.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_SKIPPED, UsageError
 
+if TYPE_CHECKING:
+    from pipeline.finetune.contest import Outcome
+
+SHOWN_FAILURES = 20
 _PAGE = "report.html"
 
 
@@ -55,7 +59,18 @@ _PAGE = "report.html"
 @click.option(
     "--epochs", type=click.IntRange(min=1), default=10, show_default=True, help="Of each."
 )
-@click.option("--budget", metavar="TIME", help="For all fine-tuning together: 10m, 2h.")
+@click.option(
+    "--budget",
+    metavar="TIME",
+    help="For all fine-tuning together, the same part for each: 10m, 2h.",
+)
+@click.option(
+    "--augment",
+    default="crop",
+    show_default=True,
+    help="none, crop, trivial (crop and TrivialAugment) or rand (crop and RandAugment).",
+)
+@click.option("--flip/--no-flip", default=True, show_default=True, help="Mirror one in two.")
 @click.option(
     "--sizes/--no-sizes",
     default=True,
@@ -63,6 +78,11 @@ _PAGE = "report.html"
     help="Also fit the best head with 1, 2, 5, 10 … samples a class.",
 )
 @label_option
+@click.option(
+    "--group-column",
+    "groups",
+    help="Column of samples that belong together (patients, scenes): none is ever parted.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many samples of each split.")
 @click.option("--root", type=click.Path(path_type=Path), help="Where a manifest's paths start.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of it all.")
@@ -82,10 +102,13 @@ def command(targets: tuple[str, ...], as_json: bool, quiet: bool, **options: Any
     table of runs that exist; one that learned several label columns has a line for each, paired
     with the lines of that column only.
 
+    After Ctrl-C the same command goes on. The exit code is 3 where images were skipped, or where a
+    head or a policy failed and the others were compared.
+
     \b
     Examples:
       tlpipe compare photos/ --backbone resnet50 --budget 30m
-      tlpipe compare digits --image-size 64 --policy last:1,full --epochs 5
+      tlpipe compare digits --image-size 64 --no-flip --policy last:1,full --epochs 5
       tlpipe compare runs/photos/logreg-resnet50-0001 runs/photos/finetune-full-resnet50-0001
     """
     console = Console(as_json=as_json, quiet=quiet)
@@ -127,8 +150,11 @@ def _compare_data(
     policies: str,
     epochs: int,
     budget: str | None,
+    augment: str,
+    flip: bool,
     sizes: bool,
     label: str | None,
+    groups: str | None,
     limit: int | None,
     root: Path | None,
     seed: int,
@@ -137,6 +163,8 @@ def _compare_data(
     cache_dir: Path,
 ) -> int:
     from pipeline.data import open_source
+    from pipeline.extract.interrupt import graceful_interrupt
+    from pipeline.finetune.checkpoint import StoppedError
     from pipeline.finetune.contest import Contest, hold_contest
     from pipeline.finetune.fit import Watcher
     from pipeline.finetune.settings import Settings
@@ -148,31 +176,56 @@ def _compare_data(
         image_size=image_size,
         grid=grid,
         policies=tuple(name for name in dict.fromkeys(split_commas(policies)) if name != "none"),
-        training=Settings(epochs=epochs, device=device),
-        budget_seconds=parse_seconds(budget),
+        training=Settings(epochs=epochs, device=device, augment=augment, flip=flip),
+        budget_seconds=parse_seconds(budget, "--budget"),
         sizes=sizes,
         label=label,
+        groups=groups,
         seed=seed,
     )
     source = open_source(data, root=root, cache_dir=cache_dir, limit=limit, seed=seed)
     text = shlex.join(["tlpipe", *sys.argv[1:]])
     folder = out or Path("runs") / source.name
-    with Progress("Embedding", quiet=console.quiet) as progress:
-        outcome = hold_contest(
-            source,
-            contest,
-            cache_dir=cache_dir,
-            out=folder,
-            command=text,
-            on_note=lambda note: console.note(printable(note)),
-            watcher=Watcher(note=console.note, on_epoch=lambda e: _tell_epoch(console, e)),
-            on_plan=progress.start,
-            on_progress=progress.advance,
-        )
+    go_on = f"What is done is kept. Go on with:\n  {text}"
+    try:
+        with (
+            Progress("Embedding", quiet=console.quiet) as progress,
+            graceful_interrupt(console.note) as should_stop,
+        ):
+            outcome = hold_contest(
+                source,
+                contest,
+                cache_dir=cache_dir,
+                out=folder,
+                command=text,
+                on_note=lambda note: console.note(printable(note)),
+                watcher=Watcher(note=console.note, on_epoch=lambda e: _tell_epoch(console, e)),
+                on_plan=progress.start,
+                on_progress=progress.advance,
+                should_stop=should_stop,
+            )
+    except StoppedError as stop:
+        console.note(f"{stop}\n{go_on}")
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        console.note(f"\n{go_on}")
+        raise
     document = outcome.to_dict() | {"data": data}
     _save_and_print(console, document, folder)
     console.note(f"All of it took {format_seconds(outcome.seconds)}.")
-    return EXIT_DONE
+    _tell_missing(console, outcome)
+    return EXIT_SKIPPED if outcome.failures or outcome.skipped else EXIT_DONE
+
+
+def _tell_missing(console: Console, outcome: Outcome) -> None:
+    """Which images were skipped, and which runs are not there; the latter is never silent."""
+    skipped = list(outcome.skipped.items())
+    for name, why in skipped[:SHOWN_FAILURES]:
+        console.note(f"Skipped {printable(name)}: {printable(why)}")
+    if len(skipped) > SHOWN_FAILURES:
+        console.note(f"  … and {len(skipped) - SHOWN_FAILURES:,} more, all in run.json.")
+    for name, why in outcome.failures.items():
+        click.echo(f"Error: {printable(name)} has no run: {why}", err=True)
 
 
 def _tell_epoch(console: Console, entry: dict[str, Any]) -> None:

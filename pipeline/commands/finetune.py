@@ -272,7 +272,7 @@ def _settings_values(options: dict[str, Any]) -> dict[str, Any]:
         "n_views": options["views"],
         "compile": options["compiled"],
         "n_threads": options["threads"],
-        "budget_seconds": parse_seconds(options["budget"]),
+        "budget_seconds": parse_seconds(options["budget"], "--budget"),
     }
 
 

@@ -1,4 +1,4 @@
-"""What in a cache is left over, unreachable or old, and how each of it is deleted.
+"""What in a cache, or among runs, is left over, unreachable or old, and how each of it is deleted.
 
 Only what is recognised as made by this package is ever named, let alone deleted: a folder of
 another kind is passed over, and so is every link, which might lead out of the cache.
@@ -20,8 +20,9 @@ from filelock import FileLock, Timeout
 from pipeline.data.names import counted, to_id
 from pipeline.data.written import MARKER
 from pipeline.errors import StoreError, TlpipeError
+from pipeline.runs.folder import CHECKPOINT_FILE, METRICS_FILE, TRAINING_PREFIX
 from pipeline.store.compact import count_unused_rows
-from pipeline.store.durable import write_error
+from pipeline.store.durable import TEMPORARY_SUFFIX, write_error
 from pipeline.store.leftovers import (
     QUARANTINE_FOLDER,
     finish_deleting,
@@ -32,7 +33,7 @@ from pipeline.store.leftovers import (
     remove_folder,
     sweep,
 )
-from pipeline.store.lock import LOCK_FILE, WriterLock
+from pipeline.store.lock import HOLDER_FILE, LOCK_FILE, WriterLock
 from pipeline.store.manifest import BACKUP_FILE, MANIFEST_FILE, is_store, read_manifest
 from pipeline.store.reader import Store, open_store
 from pipeline.store.state import SHARD_FOLDER, check_size, shard_path
@@ -94,7 +95,8 @@ class Rules:
 
     Attributes:
         runs: the runs that may use it.
-        max_age_days: stores that were last used before are garbage; None for no such age.
+        max_age_days: stores and trainings that were last used before are garbage; None for no such
+            age.
     """
 
     runs: Sequence[RunUse] = ()
@@ -126,6 +128,70 @@ def collect(
                 with suppress(OSError):  # it is not empty
                     parent.rmdir()
     return found + _collect_data_sets(cache, delete, note)
+
+
+def collect_trainings(
+    runs: Path, rules: Rules, *, delete: bool = False, note: Callable[[str], None]
+) -> list[Found]:
+    """Trainings that were stopped, in a folder of runs and in the folders in it.
+
+    One that can be gone on with is garbage only when it is older than ``rules`` allow. One that
+    a process is at is no find.
+
+    Args:
+        runs: the runs' folder.
+        rules: what decides whether one is kept.
+        delete: delete the garbage, each while its lock is held.
+        note: is told what was passed over, and why.
+
+    Raises:
+        StoreError: something cannot be deleted; what was deleted before is gone.
+    """
+    names = (f"{TRAINING_PREFIX}*", f".{TRAINING_PREFIX}*")  # the latter are half deleted
+    folders = [path for name in names for path in (*runs.glob(name), *runs.glob(f"*/{name}"))]
+    found: list[Found] = []
+    for folder in sorted(folders):
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        lock = WriterLock(folder)
+        try:
+            lock.acquire()
+        except TlpipeError as error:  # in use, or no right to write
+            note(f"Passed over: {error}")
+            continue
+        try:
+            one = _examine_training(folder, rules)
+            if delete and one.delete is not None:
+                one.delete()
+            found.append(one)
+        except OSError as error:
+            note(f"{folder} was passed over: {error.strerror or error}")
+        finally:
+            lock.release()
+    return found
+
+
+def _examine_training(folder: Path, rules: Rules) -> Found:
+    """A training that no process is at."""
+    if is_half_deleted(folder):
+        why = "an earlier tlpipe gc was stopped while deleting it"
+        return _folder_found(folder, "half-deleted", why, partial(finish_deleting, folder))
+    names = {path.name.removesuffix(TEMPORARY_SUFFIX) for path in folder.iterdir()}
+    others = names - {CHECKPOINT_FILE, METRICS_FILE, LOCK_FILE, HOLDER_FILE}
+    remedy = f"rm -r {_quoted(folder)}"
+    if others:
+        why = f"a training that was stopped; kept for {min(others)}, which is not ours"
+        return _folder_found(folder, "unfinished training", why, remedy=remedy)
+    delete = partial(remove_folder, folder)
+    if CHECKPOINT_FILE not in names:
+        why = "a training that was stopped before it kept anything"
+        return _folder_found(folder, "half-made", why, delete)
+    age_days = (time.time() - (folder / CHECKPOINT_FILE).stat().st_mtime) / DAY_SECONDS
+    why = f"a training that was stopped {counted(int(age_days), 'day')} ago"
+    if rules.max_age_days is not None and age_days > rules.max_age_days:
+        return _folder_found(folder, "old training", why, delete)
+    why += "; its command goes on with --resume"
+    return _folder_found(folder, "unfinished training", why, remedy=remedy)
 
 
 def _folders(parent: Path, note: Callable[[str], None]) -> list[Path]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     "--older-than",
     type=click.IntRange(min=1),
     metavar="DAYS",
-    help="Also stores that no extraction or run used for so long.",
+    help="Also stores and unfinished trainings that nothing used for so long.",
 )
 @click.option("--delete", is_flag=True, help="Delete what is found, instead of listing it.")
 @output_options
@@ -46,9 +46,10 @@ def command(
     """Find what in the cache is left over, unreachable or old; delete it with --delete.
 
     Found are files that killed processes left behind, damaged files that `tlpipe verify` set aside,
-    stores whose data root is gone, and written-out data sets that no store is made of. Kept are
-    stores that a run in --runs was fitted on (but for --older-than), that are being written or are
-    damaged, and whatever tlpipe has not made itself. Nothing is deleted without --delete.
+    stores whose data root is gone, written-out data sets that no store is made of, and stopped
+    trainings in --runs. Kept are stores that a run in --runs was fitted on and trainings that
+    --resume can go on with (but for --older-than), stores that are being written or are damaged,
+    and whatever tlpipe has not made itself. Nothing is deleted without --delete.
 
     \b
     Examples:
@@ -57,7 +58,7 @@ def command(
       tlpipe gc --older-than 90 --delete
     """
     console = Console(as_json=as_json, quiet=quiet)
-    from pipeline.commands.garbage import Rules, collect
+    from pipeline.commands.garbage import Rules, collect, collect_trainings
 
     notes: list[str] = []
 
@@ -66,11 +67,12 @@ def command(
         console.note(text)
 
     found = []
+    rules = Rules(tuple(_run_uses(runs_dir, note)), older_than)
     if cache_dir.is_dir():
-        rules = Rules(tuple(_run_uses(runs_dir, note)), older_than)
         found = collect(cache_dir, rules, delete=delete, note=note)
     else:
         note(f"There is no cache in {cache_dir} yet.")
+    found += collect_trainings(runs_dir, rules, delete=delete, note=note)
     garbage = [one for one in found if one.delete is not None]
     others = [one for one in found if one.delete is None]
     size_bytes = sum(one.size_bytes for one in garbage)

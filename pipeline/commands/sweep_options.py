@@ -148,8 +148,12 @@ def plan_options(function: F) -> F:
     return function
 
 
-def parse_seconds(text: str | None) -> float | None:
+def parse_seconds(text: str | None, option: str = "--time-budget") -> float | None:
     """``"10m"`` -> 600.0.
+
+    Args:
+        text: what was given, if anything.
+        option: that it was given to.
 
     Raises:
         UsageError: it is no time.
@@ -158,7 +162,7 @@ def parse_seconds(text: str | None) -> float | None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(s|m|min|h)?", text.strip())
     if not match or not float(match[1]):
-        raise UsageError(f"--time-budget {text!r}: expected a time such as 90s, 10m or 2h.")
+        raise UsageError(f"{option} {text!r}: expected a time such as 90s, 10m or 2h.")
     return float(match[1]) * {"m": 60, "min": 60, "h": 3600}.get(match[2] or "s", 1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 from contextlib import suppress
@@ -17,11 +18,10 @@ from typing import Any
 import torch
 
 from pipeline.errors import EXIT_INTERRUPTED, LockedError, StoreError, TlpipeError
+from pipeline.runs.folder import CHECKPOINT_FILE, METRICS_FILE, TRAINING_PREFIX
 from pipeline.store.durable import replacing
 from pipeline.store.lock import WriterLock
 
-CHECKPOINT_FILE = "checkpoint.pt"
-METRICS_FILE = "metrics.jsonl"
 _VERSION = 2
 
 
@@ -44,7 +44,7 @@ class Checkpoint:
 
     def __init__(self, parent: Path, facts: dict[str, Any]) -> None:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        self.folder = parent / f".finetune-{digest[:12]}"
+        self.folder = parent / f"{TRAINING_PREFIX}{digest[:12]}"
         self.path = self.folder / CHECKPOINT_FILE
         self.beside: dict[str, Any] = {}
         self._lock = WriterLock(self.folder)
@@ -56,13 +56,7 @@ class Checkpoint:
             LockedError: another process is at it.
             StoreError: the folder cannot be made, or its file system has no locks.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"{self.folder} cannot be made ({error.strerror}).\n"
-                "  Give another folder with --out."
-            ) from error
+        check_writable(self.folder)
         self._lock.acquire()
 
     def release(self) -> None:
@@ -122,6 +116,24 @@ class Checkpoint:
                 self.acquire()
                 self.drop()
                 self.release()
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder where there is none, before anything that takes long.
+
+    Raises:
+        StoreError: it cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"{folder} cannot be made ({error.strerror}).\n  Give another folder with --out."
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StoreError(
+            f"{folder} cannot be written to (no permission).\n  Give another folder with --out."
+        )
 
 
 def write_metrics(path: Path, curve: list[dict[str, Any]]) -> None:

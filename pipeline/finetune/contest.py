@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.backbones import load_backbone
 from pipeline.errors import TlpipeError, UsageError
 from pipeline.extract.extractor import Settings as ExtractSettings
 from pipeline.extract.extractor import extract_all
 from pipeline.extract.recall import Request
+from pipeline.finetune.checkpoint import StoppedError
+from pipeline.finetune.data import check_group_column, choose_columns
 from pipeline.finetune.fit import Watcher, finetune
+from pipeline.finetune.policies import check_fits
 from pipeline.finetune.settings import Settings, check_policy
 from pipeline.runs.comparison import Comparison, compare_runs
-from pipeline.sweep.prepare import prepare
+from pipeline.runs.folder import RUN_FILE, RUN_FORMAT_VERSION, read_json, write_json
+from pipeline.store.durable import replacing
+from pipeline.sweep.prepare import plan, prepare
 from pipeline.sweep.search import take_layers
 from pipeline.sweep.sizes import accuracy_by_size
 from pipeline.sweep.sweep import Plan, sweep
 
 if TYPE_CHECKING:
+    from pipeline.backbones.backbone import Backbone
     from pipeline.data import DataSource
     from pipeline.sweep.sweep_run import SweepRun
 
 POLICIES = ("head", "last:1", "full", "scratch")
+_FORMAT = "tlpipe-contest"
 
 
 @dataclass(frozen=True)
@@ -39,10 +50,11 @@ class Contest:
         grid: of these sweeps.
         policies: of fine-tuning; () for none.
         training: settings that the policies share.
-        budget_seconds: for all fine-tuning together, each policy a fair part of what is left; None
-            for as long as the epochs take.
+        budget_seconds: for all fine-tuning together, the same part for each training; None for as
+            long as the epochs take.
         sizes: whether accuracy is also measured with fewer training samples.
         label: label column; None for "label" or the only one.
+        groups: column of samples that belong together, none of which is ever parted.
         seed: of everything random.
     """
 
@@ -56,6 +68,7 @@ class Contest:
     budget_seconds: float | None = None
     sizes: bool = True
     label: str | None = None
+    groups: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,7 +81,31 @@ class Contest:
             check_policy(policy)
         if len(self.heads) + len(self.policies) < 2 or not self.backbones:
             raise UsageError("A comparison needs a backbone, and two heads or policies.")
-        Plan(self.heads, grid=self.grid)
+        if self.heads:
+            Plan(self.heads, grid=self.grid)
+
+    def backbone(self, name: str) -> Backbone:
+        """One of the networks, with the weights that all policies but scratch start from."""
+        return load_backbone(name, weights=self.weights, image_size=self.image_size, seed=self.seed)
+
+    def check(self, source: DataSource) -> None:
+        """Refuse what data and networks do not allow, before anything is embedded.
+
+        Raises:
+            UsageError: no such label or group column, or fewer blocks than a policy asks for.
+            DataError: there are no labels.
+            MissingExtraError: a policy needs a package that is not installed.
+        """
+        choose_columns(source, self.label)
+        if self.groups is not None:
+            check_group_column(self.groups, source)
+        for name in self.backbones if self.policies else ():
+            stages = self.backbone(name).stages
+            for policy in self.policies:
+                try:
+                    check_fits(policy, stages)
+                except UsageError as error:
+                    raise UsageError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -79,14 +116,16 @@ class Outcome:
         comparison: of all runs.
         paths: of all runs.
         sizes: by backbone, accuracy of the best frozen head by the number of training samples.
-        failures: why a policy has no run, by its name and backbone.
-        seconds: of all of it.
+        failures: why a head or a policy has no run, by its name and backbone.
+        skipped: why images were left out, by id.
+        seconds: of all of it, since the last time that it was taken up.
     """
 
     comparison: Comparison
     paths: list[Path]
     sizes: dict[str, list[dict[str, Any]]]
     failures: dict[str, str]
+    skipped: dict[str, str]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,6 +134,7 @@ class Outcome:
             "runs": [str(path) for path in self.paths],
             "sizes": self.sizes,
             "failures": self.failures,
+            "skipped": self.skipped,
             "contest_seconds": round(self.seconds, 1),
         }
 
@@ -114,7 +154,8 @@ def hold_contest(
 ) -> Outcome:
     """Embed, fit every head, fine-tune every policy, and compare what test says of them.
 
-    All share the splits and the seed. Runs are saved as they are done.
+    All share the splits and the seed. Runs are saved as they are done; the same contest on the same
+    data goes on where it was stopped.
 
     Args:
         source: labelled images.
@@ -123,17 +164,18 @@ def hold_contest(
         out: folder for the runs' folders.
         command: the command line, for the record.
         on_note: is told what happens.
-        watcher: of the trainings.
+        watcher: of the trainings; when to stop it learns from ``should_stop``.
         on_plan: see :func:`pipeline.extract.extractor.extract_all`.
         on_progress: likewise.
         should_stop: whether the user asked to stop; asked between and within the parts.
 
     Raises:
-        TlpipeError: see ``extract``, ``sweep`` and ``finetune``; a training that fails is noted,
-            and the others go on.
+        StoppedError: the user asked to stop.
+        TlpipeError: see ``extract`` and :meth:`Contest.check`; or fewer than two runs came about. A
+            head or a training that fails is noted, and the others go on.
     """
     started = time.perf_counter()
-    watcher = watcher or Watcher()
+    contest.check(source)
     reports = extract_all(
         source,
         [
@@ -148,76 +190,202 @@ def hold_contest(
         should_stop=should_stop,
     )
     if any(report.interrupted for report in reports):
-        raise KeyboardInterrupt
-    paths: list[Path] = []
-    sizes: dict[str, list[dict[str, Any]]] = {}
-    for name, report in zip(contest.backbones, reports, strict=True):
-        paths += _frozen(report.store, name, contest, out, command, on_note, sizes)
-    failures: dict[str, str] = {}
-    jobs = [(name, policy) for name in contest.backbones for policy in contest.policies]
-    ends = None
-    if contest.budget_seconds is not None:
-        ends = time.monotonic() + contest.budget_seconds
-    for place, (name, policy) in enumerate(jobs):
-        settings = replace(contest.training, policy=policy, seed=contest.seed)
-        if ends is not None:
-            left = max(ends - time.monotonic(), 1.0) / (len(jobs) - place)
-            settings = replace(settings, budget_seconds=left)
-        on_note(f"Fine-tuning {name}, {policy}")
+        raise StoppedError("Stopped while images were embedded; those that were are kept.")
+    stores = {name: report.store for name, report in zip(contest.backbones, reports, strict=True)}
+    stage = _Stage(
+        source,
+        contest,
+        cache_dir,
+        out,
+        command,
+        on_note,
+        replace(watcher or Watcher(), should_stop=should_stop),
+        _Record(out, contest, stores),
+    )
+    for report in reports:
+        stage.skipped |= report.failures
+    for name, store in stores.items() if contest.heads else ():
+        stage.take("frozen", name, partial(stage.frozen, store, name))
+    for name in contest.backbones:
+        for policy in contest.policies:
+            stage.take(policy, name, partial(stage.fine_tuned, name, policy))
+    return stage.outcome(time.perf_counter() - started)
+
+
+@dataclass
+class _Stage:
+    """A contest under way.
+
+    Attributes:
+        record: what is done.
+        parts: what is done, in order.
+        failures, skipped: see :class:`Outcome`.
+    """
+
+    source: DataSource
+    contest: Contest
+    cache_dir: Path
+    out: Path
+    command: str
+    note: Callable[[str], None]
+    watcher: Watcher
+    record: _Record
+    parts: list[_Part] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def take(self, what: str, name: str, do: Callable[[], _Part]) -> None:
+        """Do one part of the contest, or take it from the record."""
+        key = f"{what} ({name})"
+        if part := self.record.part(key):
+            self.note(f"Taken up: {key} is done.")
+            self.parts.append(part)
+            return
+        if self.watcher.should_stop():
+            raise StoppedError("Stopped; the runs that were done are kept.")
+        n_failed = len(self.failures)
         try:
-            run = finetune(
-                source,
-                _loaded(name, contest),
-                settings,
-                label=contest.label,
-                out=out,
-                watcher=watcher,
-            )
+            self.parts.append(do())
+        except StoppedError:
+            raise
         except TlpipeError as error:
-            if should_stop():
-                raise
-            failures[f"{policy} ({name})"] = str(error)
-            on_note(f"{policy}: {error}")
-            continue
-        paths.append(run.save(command=command))
-    return Outcome(compare_runs(paths), paths, sizes, failures, time.perf_counter() - started)
+            self.failures[key] = str(error)
+        for failed, why in list(self.failures.items())[n_failed:]:
+            self.note(f"{failed} has no run: {why.splitlines()[0]}")
+        if len(self.failures) == n_failed:
+            self.record.add(key, self.parts[-1])
+
+    def frozen(self, store: Path, name: str) -> _Part:
+        """Every head on the features of one backbone, each a run of its own."""
+        contest = self.contest
+
+        def told(run: Any) -> None:
+            self.note(f"{name}, {run.head}: {run.metrics.get('top1', 'not scored')}")
+
+        def tried(_: object) -> None:
+            if self.watcher.should_stop():
+                raise _HeadsStoppedError
+
+        try:
+            found = sweep(
+                store,
+                Plan(contest.heads, grid=contest.grid, seed=contest.seed),
+                label=contest.label,
+                groups=contest.groups,
+                out=self.out,
+                resume=True,
+                on_note=self.note,
+                on_trial=tried,
+                on_head=told,
+            )
+        except _HeadsStoppedError as error:
+            raise StoppedError(
+                f"Stopped while heads were fitted on {name}; what was tried is kept."
+            ) from error
+        self.failures |= {f"{head} ({name})": why for head, why in found.failures.items()}
+        sizes = _by_size(store, found, contest, self.note) if contest.sizes else []
+        runs = [result.run.save(self.out, command=self.command) for result in found.results]
+        return _Part(runs, {name: sizes} if contest.sizes else {})
+
+    def fine_tuned(self, name: str, policy: str) -> _Part:
+        """One policy on one backbone."""
+        contest = self.contest
+        settings = replace(contest.training, policy=policy, seed=contest.seed)
+        if contest.budget_seconds is not None:
+            n_trainings = len(contest.backbones) * len(contest.policies)
+            settings = replace(settings, budget_seconds=contest.budget_seconds / n_trainings)
+        self.note(f"Fine-tuning {name}, {policy}")
+        run = finetune(
+            self.source,
+            contest.backbone(name),
+            settings,
+            label=contest.label,
+            groups=contest.groups,
+            out=self.out,
+            cache_dir=self.cache_dir,
+            # Where nothing was left unfinished, there is nothing to say about taking it up.
+            resume=any(self.out.glob(".finetune-*")),
+            watcher=self.watcher,
+        )
+        self.skipped |= run.failures
+        return _Part([run.save(command=self.command)])
+
+    def outcome(self, seconds: float) -> Outcome:
+        """Compare the runs that there are.
+
+        Raises:
+            TlpipeError: fewer than two.
+        """
+        paths = [path for part in self.parts for path in part.runs]
+        if len(paths) < 2:
+            n_all = len(self.contest.heads) + len(self.contest.policies)
+            lines = [f"  {name}: {why.splitlines()[0]}" for name, why in self.failures.items()]
+            lines += [f"  It is kept in {path}" for path in paths]
+            raise TlpipeError(
+                f"Only {len(paths)} of the {n_all * len(self.contest.backbones)} runs came about, "
+                "and a comparison needs two.\n" + "\n".join(lines)
+            )
+        comparison = compare_runs(paths)
+        sizes = {name: points for part in self.parts for name, points in part.sizes.items()}
+        if not self.failures:
+            self.record.drop()
+        return Outcome(comparison, paths, sizes, self.failures, self.skipped, seconds)
 
 
-def _loaded(name: str, contest: Contest) -> Any:
-    from pipeline.backbones import load_backbone
-
-    return load_backbone(
-        name, weights=contest.weights, image_size=contest.image_size, seed=contest.seed
-    )
+class _HeadsStoppedError(KeyboardInterrupt):
+    """Ends a sweep, which takes every ordinary error for a head that failed."""
 
 
-def _frozen(
-    store: Path,
-    name: str,
-    contest: Contest,
-    out: Path,
-    command: str,
-    on_note: Callable[[str], None],
-    sizes: dict[str, list[dict[str, Any]]],
-) -> list[Path]:
-    """Every head on the features of one backbone, each a run of its own."""
-    if not contest.heads:
-        return []
+@dataclass(frozen=True)
+class _Part:
+    """The runs of one part of a contest, and what the best head reaches with fewer samples."""
 
-    def told(run: Any) -> None:
-        on_note(f"{name}, {run.head}: {run.metrics.get('top1', 'not scored')}")
+    runs: list[Path]
+    sizes: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
 
-    found = sweep(
-        store,
-        Plan(contest.heads, grid=contest.grid, seed=contest.seed),
-        label=contest.label,
-        out=out,
-        on_note=on_note,
-        on_head=told,
-    )
-    if contest.sizes:
-        sizes[name] = _by_size(store, found, contest, on_note)
-    return [result.run.save(out, command=command) for result in found.results]
+
+class _Record:
+    """What of a contest is done, in a file that lasts until all of it is.
+
+    Args:
+        out: folder of the runs.
+        contest: the contest.
+        stores: of its features, by backbone; another contest or other data has another file.
+    """
+
+    def __init__(self, out: Path, contest: Contest, stores: Mapping[str, Path]) -> None:
+        keys = [
+            plan(store, label=contest.label, groups=contest.groups, seed=contest.seed).key()
+            for store in stores.values()
+        ]
+        facts = json.dumps([asdict(contest), [str(s) for s in stores.values()], keys])
+        self._path = out / f".compare-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.json"
+        self._parts: dict[str, Any] = {}
+        if self._path.is_file():
+            self._parts = read_json(self._path, _FORMAT)["parts"]
+
+    def part(self, key: str) -> _Part | None:
+        """What was done, if all of its runs are still there."""
+        found = self._parts.get(key)
+        if found is None or not all(Path(run, RUN_FILE).is_file() for run in found["runs"]):
+            return None
+        return _Part([Path(run) for run in found["runs"]], found["sizes"])
+
+    def add(self, key: str, part: _Part) -> None:
+        """Write down what was done.
+
+        Raises:
+            ResourceError: the disk is full.
+            StoreError: the folder cannot be written to.
+        """
+        self._parts[key] = {"runs": [str(run) for run in part.runs], "sizes": dict(part.sizes)}
+        document = {"format": _FORMAT, "format_version": RUN_FORMAT_VERSION, "parts": self._parts}
+        with replacing(self._path) as temporary:
+            write_json(temporary, document)
+
+    def drop(self) -> None:
+        """Forget it."""
+        self._path.unlink(missing_ok=True)
 
 
 def _by_size(
@@ -225,7 +393,7 @@ def _by_size(
 ) -> list[dict[str, Any]]:
     """Accuracy of the best frozen head with fewer training samples."""
     best = found.recommended()[0].run.best
-    data = prepare(store, label=contest.label, seed=contest.seed)
+    data = prepare(store, label=contest.label, groups=contest.groups, seed=contest.seed)
     if not len(data.protocol.test):
         return []
     data = replace(data, inputs=take_layers(data.inputs, best.candidate.layers))

@@ -31,7 +31,7 @@ from pipeline.finetune.cached import (
     embed_activations,
     stored_data,
 )
-from pipeline.finetune.checkpoint import Checkpoint, StoppedError
+from pipeline.finetune.checkpoint import Checkpoint, StoppedError, check_writable
 from pipeline.finetune.data import (
     TrainingData,
     check_group_column,
@@ -133,6 +133,7 @@ def finetune(
         MismatchError: the head to start from is of another backbone or has other classes.
         ResourceError: the device has too little memory for a single image, or the disk too little
             room for activations.
+        StoreError: ``out`` cannot be written to.
         LockedError: another process is at the same training.
         LostProcessError: another one of the team has ended.
         StoppedError: the user asked to stop; a checkpoint holds all of it.
@@ -158,9 +159,14 @@ def finetune(
     if groups is not None:
         check_group_column(groups, source)
     cached = None
+    stores: list[str] = []
+    team.first(partial(check_writable, out))
     if settings.cached:
+        clock.lap("load")
         # The first process embeds for all, and has the machine to itself.
         store, split = _embed(source, backbone, whole, dtype, cache_dir, watcher, team)
+        clock.lap("embed")
+        stores.append(str(store.path))
         data, cached = stored_data(store, source, split, settings, columns, groups)
     else:
         data = load_data(
@@ -186,7 +192,8 @@ def finetune(
         if team.is_first:
             checkpoint.release()
     clock = Clock(clock.laps | seconds)
-    return _finish(work, backbone, data, head, trainer, trials, checkpoint, out, clock)
+    stores += [path for path in head.stores if path not in stores]
+    return _finish(work, backbone, data, head, stores, trainer, trials, checkpoint, out, clock)
 
 
 def _read(watcher: Watcher, n_images: int) -> None:
@@ -365,7 +372,7 @@ def _facts(
         "data": data.samples.key(),
         "label": data.samples.inputs.label_column,
         "settings": settings.key(),
-        "head": str(head.run),
+        "head": head.digest,
     }
 
 
@@ -467,6 +474,7 @@ def _finish(
     backbone: Backbone,
     data: TrainingData,
     head: InitialHead,
+    stores: list[str],
     trainer: Trainer,
     trials: list[dict[str, Any]],
     checkpoint: Checkpoint,
@@ -521,6 +529,8 @@ def _finish(
         },
         source=data.source,
         head=str(head.run) if head.run else "fresh",
+        head_seconds=head.seconds,
+        stores=stores,
         n_parameters=work.n_parameters,
         n_trained=work.n_trained,
         best_epoch=trainer.progress.best_epoch,

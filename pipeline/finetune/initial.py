@@ -31,13 +31,16 @@ from pipeline.heads.folds import FIT_ERRORS
 from pipeline.heads.model import HeadModel
 from pipeline.heads.scaling import fit_scaler
 from pipeline.heads.tasks import Task
-from pipeline.runs.bundle import Bundle, load_bundle
+from pipeline.runs.bundle import Bundle, is_network, load_bundle
 from pipeline.runs.folder import RUN_FILE, read_run
 from pipeline.store import open_store
 
 Array = NDArray[Any]
 
 _USABLE = "logreg, linear, ridge, mlp, and svm with a linear kernel"
+
+# An output that nothing has taught begins so far below the least of the others.
+_UNSEEN_BELOW = 10.0
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,18 @@ class InitialHead:
         run: that it comes from; None for a fresh one.
         note: one sentence about it; "" for a fresh one.
         saw_choosers: whether it was fitted on the samples that choose.
+        digest: of what the run has learned, wherever it lies; "" for a fresh one.
+        stores: paths of the features that it was fitted on.
+        seconds: that the run took; 0 for a fresh one.
     """
 
     module: nn.Sequential
     run: Path | None = None
     note: str = ""
     saw_choosers: bool = False
+    digest: str = ""
+    stores: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
 def fresh_head(backbone: Backbone, n_classes: int, settings: Settings) -> InitialHead:
@@ -75,31 +84,45 @@ def head_of_run(
     """The head of a run on cached features of the same backbone, as a part of a network.
 
     A run's head was fitted on all of train and val. Where the run's store is still there, its
-    setting is fitted again without the samples that choose here, so that they judge fairly.
+    setting is fitted again without the samples that choose here, so that they judge fairly. A
+    class that only those have begins as good as impossible.
 
     Raises:
-        MismatchError: it is of another backbone or layer, has other classes, or is of a kind that
-            is no part of a network.
+        MismatchError: it is of another backbone or layer, has other classes, is of a kind that
+            is no part of a network, or is a whole network.
         StoreError: it cannot be read.
     """
+    if is_network(path):
+        raise MismatchError(
+            f"{path} is a fine-tuned network; a training starts from a head on cached features.\n"
+            "  Name a run of fit-head or sweep, or use --init-head none."
+        )
     bundle = load_bundle(path)
     _check_features(bundle, backbone)
     if not _same_classes(bundle, data):
         raise MismatchError(_other_classes(bundle, data))
-    model, saw_choosers = _refitted(bundle, data), False
-    if model is None:
-        model, saw_choosers = bundle.model, len(data.fold.choose) > 0
-    module = head_module(model, data.tasks, path=path, dropout=settings.dropout)
-    shown = f"{bundle.card['head']} of {path}"
-    if not saw_choosers:
-        note = f"The head starts as {shown}, fitted again without the samples that choose."
+    note = f"The head starts as {bundle.card['head']} of {path}"
+    found, saw_choosers = _refitted(bundle, data), False
+    if isinstance(found, HeadModel):
+        module = head_module(found, data.tasks, path=path, dropout=settings.dropout, partial=True)
+        note += ", fitted again without the samples that choose."
     else:
-        note = (
-            f"The head starts as {shown}. Its store is not here, so it could not be fitted without "
-            "the samples that choose: their scores flatter the first epochs."
-        )
+        module = head_module(bundle.model, data.tasks, path=path, dropout=settings.dropout)
+        saw_choosers = len(data.fold.choose) > 0
+        note += "."
+        if saw_choosers:
+            note += (
+                f" {found}, so it could not be fitted without the samples that choose: their "
+                "scores flatter the first epochs."
+            )
     return InitialHead(
-        module, path, f"{note} --init-head none starts from a fresh one.", saw_choosers
+        module,
+        path,
+        f"{note} --init-head none starts from a fresh one.",
+        saw_choosers,
+        digest=f"{bundle.card['model_sha256']} / {bundle.model.temperature}",
+        stores=tuple(block.store for block in bundle.inputs),
+        seconds=float(read_run(path).get("seconds", {}).get("total", 0.0)),
     )
 
 
@@ -136,7 +159,12 @@ def find_run(runs: Path, backbone: Backbone, data: TrainingData, settings: Setti
 
 
 def head_module(
-    model: HeadModel, tasks: Sequence[Task], *, path: Path, dropout: float = 0.0
+    model: HeadModel,
+    tasks: Sequence[Task],
+    *,
+    path: Path,
+    dropout: float = 0.0,
+    partial: bool = False,
 ) -> nn.Sequential:
     """Linear layers whose softmax gives the model's probabilities.
 
@@ -145,12 +173,14 @@ def head_module(
 
     Args:
         model: fitted.
-        classes: in the order of the outputs.
+        tasks: label columns with their classes, in the order of the outputs.
         path: of its run, for messages.
         dropout: put before each layer.
+        partial: a class that the head never saw gets an output without weights, far below the
+            others, instead of an error.
 
     Raises:
-        MismatchError: it is not made of linear layers.
+        MismatchError: it is not made of linear layers, or never saw a class.
     """
     head, scaler = model.head, model.scaler
     arrays = head.to_arrays()
@@ -167,9 +197,13 @@ def head_module(
     if len(weights[-1]) == 1:  # the single output of two classes stands against a zero
         weights[-1] = np.vstack([np.zeros_like(weights[-1]), weights[-1]])
         biases[-1] = np.concatenate([[0.0], biases[-1]])
-    order = _order(model, tasks, path)
-    weights[-1] = weights[-1][order] / model.temperature
-    biases[-1] = biases[-1][order] / model.temperature
+    weights[-1] /= model.temperature
+    biases[-1] /= model.temperature
+    if partial:
+        weights[-1] = np.vstack([weights[-1], np.zeros_like(weights[-1][:1])])
+        biases[-1] = np.append(biases[-1], biases[-1].min() - _UNSEEN_BELOW)
+    order = _order(model, tasks, path, partial)
+    weights[-1], biases[-1] = weights[-1][order], biases[-1][order]
     if scaler.mean is not None and scaler.scale is not None:
         weights[0] = weights[0] / scaler.scale
         biases[0] = biases[0] - weights[0] @ scaler.mean
@@ -199,17 +233,18 @@ def _layers(arrays: Mapping[str, Array]) -> list[tuple[Array, Array]]:
     return [(arrays[name], arrays[name.removesuffix("weight") + "bias"]) for name in names]
 
 
-def _order(model: HeadModel, tasks: Sequence[Task], path: Path) -> list[int]:
-    """For each class of each task the head's output."""
+def _order(model: HeadModel, tasks: Sequence[Task], path: Path, partial: bool) -> list[int]:
+    """For each class of each task the head's output; one more for those that it never saw."""
     learned = _outputs(model.tasks or (Task(tasks[0].label, model.classes),))
     found = [learned[int(code)] for code in model.head.classes_]
     missing = sorted(set(_outputs(tasks)) - set(found))
-    if missing:
+    if missing and not partial:
         raise MismatchError(
             f"The head of {path} has never seen a sample of {missing[0][1]!r}.\n"
             "  Fit it again, or use --init-head none."
         )
-    return [found.index(output) for output in _outputs(tasks)]
+    places = {output: place for place, output in enumerate(found)}
+    return [places.get(output, len(found)) for output in _outputs(tasks)]
 
 
 def _outputs(tasks: Sequence[Task]) -> list[tuple[str, str]]:
@@ -277,43 +312,54 @@ def _other_classes(bundle: Bundle, data: TrainingData) -> str:
     )
 
 
-def _refitted(bundle: Bundle, data: TrainingData) -> HeadModel | None:
-    """The bundle's setting, fitted on the samples that train; None where its store is not here."""
+def _refitted(bundle: Bundle, data: TrainingData) -> HeadModel | str:
+    """The bundle's setting, fitted on the samples that train; a clause that says why it is not."""
     block, samples = bundle.inputs[0], data.samples
+    if not Path(block.store).is_dir():
+        return f"Its store {block.store} is not here"
     try:
         store = open_store(block.store)
         if store.key != block.key:
-            return None
+            return f"Its store {block.store} holds other features now"
         label = tuple(samples.inputs.columns) or samples.inputs.label_column
         features = load_inputs([store], layers=list(block.layers), label=label)
-    except TlpipeError:
-        return None
+    except TlpipeError as error:
+        return f"Its store cannot be used ({_first_line(error)})"
     places = {sample: row for row, sample in enumerate(_samples(features))}
     every = list(_samples(samples.inputs))
-    wanted = [places.get(every[row]) for row in data.fold.fit]
-    if None in wanted:
-        return None
-    X = np.asarray(features.features[np.array(wanted, np.intp)], np.float32)
+    fit, choose = (_places(places, every, rows) for rows in (data.fold.fit, data.fold.choose))
+    if fit is None:
+        return f"Its store {block.store} lacks images that are trained on"
+    X = np.asarray(features.features[fit], np.float32)
     scaler = fit_scaler(X, bundle.model.scaler.kind, features.widths)
     name, params = str(bundle.card["head"]), bundle.card["params"]
     several = len(data.tasks) > 1
     head = multitask_class(name)(**params) if several else make_estimator(name, **params)
     try:
         head.fit(scaler(X), samples.codes[data.fold.fit])
-    except FIT_ERRORS:
-        return None
+    except FIT_ERRORS as error:
+        return f"Its setting does not fit the images that are trained on ({_first_line(error)})"
     if several:
         classes = tuple(name for task in data.tasks for name in task.classes)
         return HeadModel(scaler, head, 1.0, classes, data.tasks)
-    if len(head.classes_) < len(samples.known):
-        return None
-    model = HeadModel(scaler, head, 1.0, samples.known)
-    choosing = [places.get(every[row]) for row in data.fold.choose]
-    if not choosing or None in choosing:
-        return replace(model, temperature=bundle.model.temperature)
+    model = HeadModel(scaler, head, bundle.model.temperature, samples.known)
+    if choose is None or not len(choose):
+        return model
     # Too sure of itself, a head would send large gradients through a trunk that is right already.
-    logits = model.logits(np.asarray(features.features[np.array(choosing, np.intp)], np.float32))
+    logits = model.logits(np.asarray(features.features[choose], np.float32))
     return replace(model, temperature=fit_temperature(logits, samples.codes[data.fold.choose]))
+
+
+def _places(
+    places: Mapping[tuple[str, bytes], int], every: Sequence[tuple[str, bytes]], rows: Array
+) -> NDArray[np.intp] | None:
+    """Where some samples of the data are in a store; None where it lacks one."""
+    found = [places.get(every[row]) for row in rows]
+    return None if None in found else np.array(found, np.intp)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].removesuffix(".")
 
 
 def _samples(inputs: HeadInputs) -> Iterator[tuple[str, bytes]]:

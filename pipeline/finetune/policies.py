@@ -7,6 +7,7 @@ bottom always gives the same activations. Statistics of BatchNorm in what is tra
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -92,6 +93,7 @@ def make_policy(network: Classifier, blocks: Blocks, settings: Settings) -> Poli
         MissingExtraError: peft is not installed.
     """
     name, n_blocks = settings.policy, len(blocks)
+    check_fits(name, blocks.stages)
     if name == "lora":
         _inject_lora(network, blocks, settings)
     names = [n for n, p in network.trunk.named_parameters() if p.is_floating_point()]
@@ -99,10 +101,7 @@ def make_policy(network: Classifier, blocks: Blocks, settings: Settings) -> Poli
     if name == "head":
         first = n_blocks
     elif name.startswith("last:"):
-        n_last = int(name.removeprefix("last:"))
-        if n_last > len(blocks.stages):
-            raise UsageError(_too_many(n_last, blocks))
-        first = n_blocks - n_last
+        first = n_blocks - int(name.removeprefix("last:"))
     chosen = [n for n in names if blocks.of_parameter(n) >= first]
     if name == "bitfit":
         chosen = [n for n in chosen if n.endswith("bias")]
@@ -119,16 +118,29 @@ def make_policy(network: Classifier, blocks: Blocks, settings: Settings) -> Poli
     return Policy(name, blocks, frozenset(chosen), first, settings.trains_batchnorm)
 
 
-def _too_many(n_last: int, blocks: Blocks) -> str:
-    if not blocks.stages:
+def check_fits(policy: str, stages: Sequence[str]) -> None:
+    """Refuse a policy that a network with these stages, or this installation, cannot follow.
+
+    Raises:
+        UsageError: it has too few blocks.
+        MissingExtraError: peft is not installed.
+    """
+    if policy == "lora":
+        _peft()
+    elif policy.startswith("last:") and int(policy.removeprefix("last:")) > len(stages):
+        raise UsageError(_too_many(int(policy.removeprefix("last:")), stages))
+
+
+def _too_many(n_last: int, stages: Sequence[str]) -> str:
+    if not stages:
         return (
             "The blocks of this network cannot be told apart, so last:N means nothing for it.\n"
             "  Use --policy head or --policy full."
         )
     return (
-        f"Policy last:{n_last} asks for more blocks than the {len(blocks.stages)} that this "
-        f"network has: {', '.join(blocks.stages)}.\n"
-        f"  Use --policy last:{len(blocks.stages)} or less, or --policy full."
+        f"Policy last:{n_last} asks for more blocks than the {len(stages)} that this "
+        f"network has: {', '.join(stages)}.\n"
+        f"  Use --policy last:{len(stages)} or less, or --policy full."
     )
 
 
@@ -137,15 +149,19 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _inject_lora(network: Classifier, blocks: Blocks, settings: Settings) -> None:
-    """Add a low-rank update to every linear layer of the stages (Hu et al., LoRA, 2021)."""
+def _peft() -> Any:
     try:
-        peft = import_module("peft")
+        return import_module("peft")
     except ImportError as error:
         raise MissingExtraError(
             "--policy lora needs the package peft, which is not installed.\n"
             "  Install it:  pip install 'tlpipe[lora]',  or use --policy bitfit."
         ) from error
+
+
+def _inject_lora(network: Classifier, blocks: Blocks, settings: Settings) -> None:
+    """Add a low-rank update to every linear layer of the stages (Hu et al., LoRA, 2021)."""
+    peft = _peft()
     attention = tuple(
         f"{path}." for path, m in network.trunk.named_modules()
         if isinstance(m, nn.MultiheadAttention)

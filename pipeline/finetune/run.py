@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.finetune.bundle import Architecture, save_network
-from pipeline.finetune.checkpoint import METRICS_FILE, Checkpoint, write_metrics
+from pipeline.finetune.checkpoint import Checkpoint, write_metrics
 from pipeline.finetune.network import Classifier
 from pipeline.finetune.settings import Settings
 from pipeline.heads.metrics import Score
 from pipeline.heads.tasks import Task
 from pipeline.runs.folder import (
+    METRICS_FILE,
     RUN_FILE,
     RUN_FORMAT,
     RUN_FORMAT_VERSION,
@@ -39,6 +40,9 @@ class FinetuneRun:
         backbone: its name, where its weights are from, their digest.
         source: name, spec and layout of the data.
         head: what the head started from, in words.
+        head_seconds: that the run which it started from took; 0 for a fresh one.
+        stores: of the activations that were trained on, and of the features that the head was
+            fitted on.
         n_parameters: of the network with its new head.
         n_trained: that were trained.
         best_epoch: epochs before the state that was kept.
@@ -49,7 +53,7 @@ class FinetuneRun:
         n_samples: samples by split.
         n_fit: samples that were trained on.
         split_origin: how the splits came about.
-        seconds: "load", "search", "train", "score" and "total".
+        seconds: "load", "embed" of activations, "search", "train", "score" and "total".
         device: what it ran on: "cpu", or the GPU's name.
         n_processes: that trained together, each with a GPU of its own where it ran on GPUs.
         data_digest: sha256 over the sorted (id, digest, label) of all samples.
@@ -67,6 +71,8 @@ class FinetuneRun:
     backbone: dict[str, str]
     source: dict[str, Any]
     head: str
+    head_seconds: float
+    stores: list[str]
     n_parameters: int
     n_trained: int
     best_epoch: int
@@ -120,6 +126,8 @@ class FinetuneRun:
             "policy": self.settings.policy,
             "head": f"finetune {self.settings.policy}",
             "head_start": self.head,
+            "head_seconds": self.head_seconds,
+            "stores": self.stores,
             "lr": self.lr,
             "lr_trials": self.lr_trials,
             "settings": self.settings.to_dict(),

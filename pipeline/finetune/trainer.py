@@ -370,7 +370,8 @@ class Trainer:
             restore(self.network, self._average.values)
         val_loss, val_top1 = self._evaluate()
         is_candidate = progress.epoch > 0 or self._first_can_be_best
-        score = [progress.epoch, 0.0] if val_top1 is None else [val_top1, -(val_loss or 0.0)]
+        loss = math.inf if val_loss is None else val_loss
+        score = [progress.epoch, 0.0] if val_top1 is None else [val_top1, -loss]
         if not self._best or (is_candidate and score > progress.best_score):
             self._best = snapshot(self.network, self._names)
             progress.best_epoch = progress.epoch
@@ -416,11 +417,12 @@ class Trainer:
         """The loss is not a number: nothing after this can be learned."""
         progress = self.progress
         progress.done = True
-        kept = f"epoch {progress.best_epoch}" if progress.best_epoch > 0 else "the start"
+        epoch = progress.best_epoch
+        kept = f"the state after epoch {epoch}" if epoch > 0 else "the state at the start"
         progress.note = (
             f"Warning: the loss was not a number at step {progress.step + 1} (epoch "
-            f"{progress.epoch + 1}, learning rate {self._lr:.2g}): training stopped, and the state "
-            f"after {kept} was kept. Try --lr {self.lr / 10:.1g}, --clip 0.5 or --precision fp32."
+            f"{progress.epoch + 1}, learning rate {self._lr:.2g}): training stopped, and "
+            f"{kept} was kept. Try --lr {self.lr / 10:.1g}, --clip 0.5 or --precision fp32."
         )
         self._keep(at_once=True)
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from pipeline.report.heads import difference_text, number_text, score_text
-from pipeline.report.page import Page, seconds_text
+from pipeline.report.heads import confusion_plot, difference_text, number_text, score_text
+from pipeline.report.page import Page, log_axis, seconds_text
 
+_NEAR = 0.95
+_SHOWN_FAILURES = 20
 _COLOURS = ("#2f6fed", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d", "#5c940d", "#495057")
 
 
@@ -22,9 +24,8 @@ def compare_page(document: Mapping[str, Any]) -> str:
 
     page = Page(f"Frozen or fine-tuned: {document.get('data') or 'runs compared'}")
     page.paragraph(document["verdict"])
-    samples = ", ".join(f"{name} {n:,}" for name, n in document["n_samples"].items() if n)
     page.paragraph(
-        f"Scored on {document['scored_on']}; samples: {samples} ({document['split_origin']}). "
+        f"{_scored_words(document)} ({document['split_origin']}). "
         "Settings were chosen on other samples; the table is in the order of its scores, the "
         "verdict takes the best on validation.",
         quiet=True,
@@ -42,13 +43,25 @@ def compare_page(document: Mapping[str, Any]) -> str:
         figure = Figure()
         _curves(figure, lines)
         page.plot(figure)
+        page.table(*_curve_table(lines))
     if document.get("sizes"):
         page.heading("Accuracy against training samples")
         figure = Figure()
         _sizes(figure, document["sizes"])
         page.plot(figure)
+    for confusion in document.get("confusions", ()):
+        page.heading(
+            f"Confusion on {confusion['scored_on']} of the best on validation, {confusion['name']}"
+        )
+        figure = Figure()
+        confusion_plot(figure, confusion)
+        page.plot(figure)
     notes = [*document["notes"]]
     notes += [f"{name} has no run: {why}" for name, why in document.get("failures", {}).items()]
+    skipped = list(document.get("skipped", {}).items())
+    notes += [f"Skipped {name}: {why}" for name, why in skipped[:_SHOWN_FAILURES]]
+    if len(skipped) > _SHOWN_FAILURES:
+        notes.append(f"{len(skipped) - _SHOWN_FAILURES:,} more images were skipped.")
     if notes:
         page.heading("Notes")
         page.items(notes)
@@ -58,12 +71,55 @@ def compare_page(document: Mapping[str, Any]) -> str:
     return page.html()
 
 
+def _scored_words(document: Mapping[str, Any]) -> str:
+    """Where the lines were scored; of each label column where that is not the same."""
+    of_label = {line["label"]: line for line in document["lines"]}
+    said = {
+        label: f"scored on {line['scored_on']}; samples: "
+        + ", ".join(f"{name} {n:,}" for name, n in line["n_samples"].items() if n)
+        for label, line in of_label.items()
+    }
+    first = next(iter(said.values()))
+    if len(set(said.values())) == 1:
+        return f"{first[0].upper()}{first[1:]}"
+    return ". ".join(f"{label}: {words}" for label, words in said.items())
+
+
+def _curve_table(lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Start, slope and asymptote of each training, in numbers."""
+    columns = [
+        "training", "at the start", "after the first epoch", "best", "epoch of the best",
+        f"seconds to {100 * _NEAR:.0f} % of the best",
+    ]  # fmt: skip
+    rows = []
+    for line in lines:
+        curve = [entry for entry in line["curve"] if entry.get("val_top1") is not None]
+        if not curve:
+            continue
+        best = max(curve, key=lambda entry: entry["val_top1"])
+        near = next(e for e in curve if e["val_top1"] >= _NEAR * best["val_top1"])
+        rows.append(
+            [
+                line["name"],
+                *(
+                    number_text(next((e["val_top1"] for e in curve if e["epoch"] == epoch), None))
+                    for epoch in (0, 1)
+                ),
+                number_text(best["val_top1"]),
+                str(best["epoch"]),
+                seconds_text(near["seconds"]),
+            ]
+        )
+    return columns, rows
+
+
 def compare_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of a comparison, for pages and terminals."""
-    scored = document["scored_on"]
+    splits = {line["scored_on"] for line in document["lines"]}
+    scored = f"{document['scored_on']} top-1" if len(splits) == 1 else "top-1"
     columns = [
-        "what", f"{scored} top-1 [95 %]", "val top-1", "macro-F1", "ECE", "against the one above",
-        "parameters trained", "extract", "fit", "total",
+        "what", f"{scored} [95 %]", "val top-1", "macro-F1", "ECE", "against the one above",
+        "tried", "parameters trained", "extract", "fit", "total",
     ]  # fmt: skip
     rows = [
         [
@@ -73,6 +129,7 @@ def compare_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str
             number_text(line["macro_f1"]),
             number_text(line["ece"]),
             difference_text(line),
+            _tried_text(line),
             "–" if line["n_trained"] is None else f"{line['n_trained']:,}",
             "none" if line["extract_seconds"] == 0 else seconds_text(line["extract_seconds"]),
             seconds_text(line["fit_seconds"]),
@@ -86,6 +143,19 @@ def compare_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str
             used = line.get("device_seconds")
             row.append("none" if used is None else f"{seconds_text(used)} {line['device']}")
     return columns, rows
+
+
+def _tried_text(line: Mapping[str, Any]) -> str:
+    """What was tried before the last fit, what that took, and the budget of all where one is."""
+    if "n_tried" not in line:  # of an older release
+        return "–"
+    what = "learning rate" if line["kind"] == "finetune" else "setting"
+    parts = [f"{line['n_tried']} {what}{'s' if line['n_tried'] != 1 else ''}"]
+    if line["n_tried"] > 1:
+        parts.append(seconds_text(line["search_seconds"]))
+    if line["budget_seconds"]:
+        parts.append(f"budget {seconds_text(line['budget_seconds'])}")
+    return ", ".join(parts)
 
 
 def _seconds(line: Mapping[str, Any]) -> float:
@@ -118,7 +188,8 @@ def _points(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
             hoverinfo="text",
             marker={"size": 10, "color": colour},
         )
-    _layout(figure, "seconds, with the extraction", "accuracy, 95 % interval", log=True)
+    _layout(figure, "seconds, with the extraction", "accuracy, 95 % interval")
+    figure.update_xaxes(**log_axis([_seconds(line) for line in lines]))
 
 
 def _curves(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -164,15 +235,17 @@ def _sizes(figure: Any, sizes: Mapping[str, Sequence[Mapping[str, Any]]]) -> Non
             name=escape(f"{points[0]['head']} ({name})"),
             line={"color": colour},
         )
-    _layout(figure, "training samples a class", "accuracy on test, mean and 95 %", log=True)
+    counts = sorted({point["n_per_class"] for points in sizes.values() for point in points})
+    _layout(figure, "training samples a class", "accuracy on test, mean and 95 %")
+    figure.update_xaxes(type="log", tickvals=counts, ticktext=[f"{n:,}" for n in counts])
 
 
-def _layout(figure: Any, x: str, y: str, *, log: bool = False) -> None:
+def _layout(figure: Any, x: str, y: str) -> None:
     figure.update_layout(
         template="simple_white",
         height=420,
         margin={"l": 70, "r": 30, "t": 20, "b": 60},
-        xaxis={"title": {"text": x}, "type": "log" if log else "linear"},
+        xaxis={"title": {"text": x}},
         yaxis={"title": {"text": y}, "tickformat": ".3f"},
         showlegend=True,
     )

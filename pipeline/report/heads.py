@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from pipeline.heads import describe_layers, describe_setting
-from pipeline.report.page import Page, bytes_text, seconds_text
+from pipeline.report.page import Page, bytes_text, log_axis, seconds_text
 
 _INK, _ACCENT = "#5b6470", "#2f6fed"
 
@@ -43,7 +43,7 @@ def heads_page(run: Mapping[str, Any]) -> str:
     if "confusion" in run and run["scored_on"]:
         page.heading(f"Confusion of {run['head']} on {run['scored_on']}")
         figure = Figure()
-        _confusion(figure, run["confusion"])
+        confusion_plot(figure, run["confusion"])
         page.plot(figure)
     notes = [*run["notes"], *(f"{head}: {why}" for head, why in run["failures"].items())]
     notes += [
@@ -101,6 +101,9 @@ def table_of(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         if several:
             row.append(f"{describe_layers(line['layers'])}, {line['scaling']}")
         rows.append(row)
+    for head in run["failures"]:
+        failed = ["failed" if column == "settings" else "–" for column in columns]
+        rows.append([head, *failed[1:]])
     return columns, rows
 
 
@@ -158,12 +161,13 @@ def _scatter(figure: Any, lines: Sequence[Mapping[str, Any]], *, chosen: str) ->
         template="simple_white",
         height=420,
         margin={"l": 70, "r": 90, "t": 20, "b": 60},
-        xaxis={"type": "log", "title": {"text": "seconds to choose, fit and score"}},
+        xaxis=log_axis([line["seconds"] for line in lines])
+        | {"title": {"text": "seconds to choose, fit and score"}},
         yaxis={"title": {"text": f"accuracy on {scored}, 95 % interval"}, "tickformat": ".3f"},
     )
 
 
-def _confusion(figure: Any, confusion: Mapping[str, Any]) -> None:
+def confusion_plot(figure: Any, confusion: Mapping[str, Any]) -> None:
     """Counts, true class by row."""
     names = [escape(str(name)) or "(empty)" for name in confusion["classes"]]
     counts = confusion["counts"]

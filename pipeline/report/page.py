@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -25,6 +25,7 @@ th { color: #5b6470; font-weight: 600; } tr.chosen td { font-weight: 600; backgr
 code { font: .9em ui-monospace, monospace; background: #f3f4f6; padding: .1rem .3rem; }
 """
 _LONG = 40
+_FINE_DECADES = 3
 
 
 class Page:
@@ -115,3 +116,17 @@ def bytes_text(size_bytes: float | None) -> str:
             return f"{size_bytes:.3g} {unit}"
         size_bytes /= 1000
     return f"{size_bytes:.3g} GB"
+
+
+def log_axis(values: Sequence[float]) -> dict[str, Any]:
+    """A logarithmic axis, labelled at 1, 2 and 5 times powers of ten, few enough to be read.
+
+    Args:
+        values: what it shows; those above 0 decide which labels there are.
+    """
+    shown = [value for value in values if value > 0] or [1.0]
+    low, high = (math.log10(end) for end in (min(shown), max(shown)))
+    steps = (1, 2, 5) if high - low < _FINE_DECADES else (1,)
+    powers = range(math.floor(low) - 1, math.ceil(high) + 2)
+    ticks = [step * 10.0**power for power in powers for step in steps]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,.12g}" for tick in ticks]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,9 +32,10 @@ class Contender:
         path: its folder.
         run: what its ``run.json`` holds; of several label columns, with what is said of this one.
         right: whether the prediction of each scored sample was right, by sample id.
-        extract_seconds: of the features that it was fitted on; None where that is not known, 0
-            where it needs none.
+        extract_seconds: of the features that it, or the head that it started from, was fitted on;
+            None where that is not known, 0 where it needs none.
         with_label: its name tells the label column.
+        with_split: its name tells where it was scored.
     """
 
     path: str
@@ -41,6 +43,7 @@ class Contender:
     right: dict[str, bool]
     extract_seconds: float | None
     with_label: bool = False
+    with_split: bool = False
 
     @property
     def is_tuned(self) -> bool:
@@ -49,11 +52,12 @@ class Contender:
 
     @property
     def name(self) -> str:
-        """Head or policy, backbone, and the label column where there are several."""
+        """Head or policy, backbone; label column and split where they are not all the same."""
         column = f", {self.label}" if self.with_label else ""
+        column += f", on {self.run['scored_on']}" if self.with_split else ""
         if self.run["kind"] == "finetune":
             return f"fine-tuning, {self.run['policy']} ({self.backbone}){column}"
-        layers = [name for names in self.run["layers"] for name in names]
+        layers = [name for names in self.run.get("layers", ()) for name in names]
         shown = "+".join(layers) if len(layers) <= 2 else f"{len(layers)} layers"
         return f"{self.run['head']} ({self.backbone}, {shown}){column}"
 
@@ -67,7 +71,7 @@ class Contender:
         """Names of the backbones."""
         if self.run["kind"] == "finetune":
             return str(self.run["backbone"]["name"]).removeprefix("torchvision:")
-        return "+".join(Path(store).name.rpartition("-")[0] for store in self.run["stores"])
+        return "+".join(Path(store).name.rpartition("-")[0] for store in self.run.get("stores", ()))
 
     @property
     def top1(self) -> Score:
@@ -82,8 +86,14 @@ class Contender:
 
     @property
     def fit_seconds(self) -> float:
-        """Choosing, training and scoring."""
-        return float(self.run["seconds"]["total"])
+        """Choosing, training and scoring, and the fit of the head that a training started from."""
+        return self._own_seconds + float(self.run.get("head_seconds", 0.0))
+
+    @property
+    def _own_seconds(self) -> float:
+        """Without embedding, which the run's stores tell of whoever did it."""
+        seconds = self.run["seconds"]
+        return float(seconds["total"]) - float(seconds.get("embed", 0.0))
 
     @property
     def total_seconds(self) -> float | None:
@@ -95,7 +105,25 @@ class Contender:
         """Seconds of all GPUs together; None where none took part."""
         if self.run.get("device", "cpu") == "cpu":
             return None
-        return self.fit_seconds * int(self.run.get("n_processes", 1))
+        return self._own_seconds * int(self.run.get("n_processes", 1))
+
+    @property
+    def n_tried(self) -> int:
+        """Settings that a sweep tried, or learning rates that a training did; 1 for none."""
+        if self.run["kind"] == "finetune":
+            return len({trial["lr"] for trial in self.run.get("lr_trials", ())}) or 1
+        heads = self.run.get("heads")
+        if heads is not None:
+            return sum(int(line["n_trials"]) for line in heads)
+        return len(self.run.get("trials", ())) or 1
+
+    @property
+    def search_seconds(self) -> float:
+        """What trying them took."""
+        seconds = self.run["seconds"]
+        return float(
+            sum(seconds.get(name, 0.0) for name in ("layers", "sweep", "select", "search"))
+        )
 
     def metric(self, name: str) -> float | None:
         """A metric of the scored samples."""
@@ -111,12 +139,16 @@ class Contender:
             "kind": run["kind"],
             "label": self.label,
             "scored_on": run["scored_on"],
+            "n_samples": run["n_samples"],
             "top1": self.top1.to_dict(),
             "val_top1": self.val_top1,
             **{name: self.metric(name) for name in ("macro_f1", "nll", "ece")},
             "n_trained": run.get("n_trained"),
             "extract_seconds": self.extract_seconds,
             "fit_seconds": self.fit_seconds,
+            "n_tried": self.n_tried,
+            "search_seconds": self.search_seconds,
+            "budget_seconds": run.get("settings", {}).get("budget_seconds"),
             "total_seconds": self.total_seconds,
             "device": run.get("device", "cpu"),
             "device_seconds": self.device_seconds,
@@ -128,9 +160,16 @@ def read_contenders(path: Path) -> list[Contender]:
     """Read a run: one contender for each label column that was scored.
 
     Raises:
+        UsageError: it is a comparison.
         StoreError: it is no run, or was not scored.
     """
     run = read_run(path)
+    if run.get("kind") == "compare":
+        compared = dict.fromkeys(str(line["path"]) for line in run["lines"])
+        raise UsageError(
+            f"{path} is a comparison itself, expected a run that it compares.\n"
+            f"  Name its runs:  tlpipe compare {shlex.join(compared)}"
+        )
     parts = {PREDICTIONS_FILE: run}
     if "tasks" in run:
         parts = {task_file(task["label"]): run | task for task in run["tasks"]}
@@ -161,10 +200,8 @@ def _read_right(file: Path) -> dict[str, bool]:
 
 def _extract_seconds(run: Mapping[str, Any]) -> float | None:
     """What embedding all samples of the run's stores took, as their stores say."""
-    if run["kind"] == "finetune":
-        return 0.0
     total = 0.0
-    for path in run["stores"]:
+    for path in run.get("stores", ()):
         try:
             store = open_store(path)
         except StoreError:
@@ -212,15 +249,26 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """For JSON and pages."""
         first = self.contenders[0].run
+        splits = dict.fromkeys(contender.run["scored_on"] for contender in self.contenders)
         return {
             "kind": "compare",
             "lines": self.lines(),
             "verdict": self.verdict(),
             "notes": self.notes,
-            "scored_on": first["scored_on"],
+            "scored_on": " and ".join(splits),
             "n_samples": first["n_samples"],
             "split_origin": first["split_origin"],
+            "confusions": self._confusions(),
         }
+
+    def _confusions(self) -> list[dict[str, Any]]:
+        """Of the best on validation of each label column, where its run has them."""
+        best = [_best(group) for group in _by_label(self.contenders).values()]
+        return [
+            {"name": one.name, "scored_on": one.run["scored_on"], **one.run["confusion"]}
+            for one in best
+            if one is not None and "confusion" in one.run
+        ]
 
 
 def compare_runs(paths: Sequence[Path]) -> Comparison:
@@ -235,18 +283,24 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
             learned several must share one of them with another.
         StoreError: one of them is no run.
     """
-    if len(set(paths)) < 2:
+    paths = list({path.resolve(): path for path in paths}.values())
+    if len(paths) < 2:
         raise UsageError(
             "A comparison needs two runs or more.\n  List the runs there are:  tlpipe ls"
         )
-    runs = [read_contenders(path) for path in dict.fromkeys(paths)]
+    runs = [read_contenders(path) for path in paths]
     _check_labels(runs)
     groups = _by_label([contender for run in runs for contender in run])
     for group in groups.values():
         _check_samples(group)
         group.sort(key=lambda contender: -contender.top1.value)
+    n_splits = len({group[0].run["scored_on"] for group in groups.values()})
     contenders = [
-        replace(contender, with_label=contender.with_label or len(groups) > 1)
+        replace(
+            contender,
+            with_label=contender.with_label or len(groups) > 1,
+            with_split=n_splits > 1,
+        )
         for group in groups.values()
         for contender in group
     ]
@@ -320,16 +374,26 @@ def _verdict(contenders: Sequence[Contender]) -> str:
         assert best is not None
         sentences.append(f"The best on validation is {best.name}: {best.top1}.")
     if scratch and (best := tuned or frozen):
-        found = accuracy_difference(*_aligned(best, scratch))
         sentences.append(
-            f"Training from scratch reaches {scratch.top1.value:.3f}, "
-            f"{_points(found)} points less than {best.name}: that is what transfer is worth "
-            "here."
-            if found.low > 0
-            else f"Training from scratch reaches {scratch.top1.value:.3f}: here transfer is "
-            "worth no more than chance."
+            f"Training from scratch reaches {scratch.top1.value:.3f}" + _transfer(best, scratch)
         )
     return " ".join(sentences)
+
+
+def _transfer(best: Contender, scratch: Contender) -> str:
+    """What the pretrained weights are worth."""
+    right = _aligned(best, scratch)
+    gain = accuracy_difference(*right)
+    if mcnemar(*right) >= SIGNIFICANT:
+        return f" and cannot be told from {best.name}: here transfer is worth no more than chance."
+    if gain.value > 0:
+        return (
+            f", {_points(gain)} points less than {best.name}: that is what transfer is worth here."
+        )
+    return (
+        f", {_points(_negated(gain))} points more than {best.name}: the pretrained weights hurt "
+        "here."
+    )
 
 
 def _best(contenders: Sequence[Contender]) -> Contender | None:
@@ -359,8 +423,8 @@ def _worth(frozen: Contender, tuned: Contender) -> str:
     """The sentence that the project exists for."""
     right = _aligned(tuned, frozen)
     difference, p_value = accuracy_difference(*right), mcnemar(*right)
-    if frozen.total_seconds is not None and frozen.total_seconds > 0:
-        time = f"for {tuned.fit_seconds / frozen.total_seconds:.2g}× the time"
+    if frozen.total_seconds and tuned.total_seconds is not None:
+        time = f"for {tuned.total_seconds / frozen.total_seconds:.2g}× the time"
     else:
         time = f"in {tuned.fit_seconds:.0f} s"
     if p_value >= SIGNIFICANT:

@@ -17,6 +17,11 @@ from pipeline.errors import CorruptStoreError, ResourceError, StoreError, StoreF
 RUN_FILE = "run.json"
 RUN_FORMAT = "tlpipe-run"
 RUN_FORMAT_VERSION = 1
+METRICS_FILE = "metrics.jsonl"
+
+# The folder of a training that is not done yet lies among the runs, under a name of its own.
+TRAINING_PREFIX = ".finetune-"
+CHECKPOINT_FILE = "checkpoint.pt"
 
 _MAX_JSON_BYTES = 256_000_000
 _TRIES = 100

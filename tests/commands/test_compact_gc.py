@@ -361,6 +361,57 @@ def test_what_an_interrupted_gc_left_is_finished(here, gc, monkeypatch):
     assert list(Path("cache").iterdir()) == []
 
 
+# gc: trainings
+
+
+def make_training(name: str, files=("checkpoint.pt", "metrics.jsonl"), days_old=0.0) -> Path:
+    folder = Path("runs", "photos", f".finetune-{name}")
+    folder.mkdir(parents=True)
+    for file in files:
+        (folder / file).write_bytes(b"x" * 100)
+        age(folder / file, days_old)
+    return folder
+
+
+def test_a_stopped_training_is_listed_and_goes_when_it_is_old(here, tlpipe, gc):
+    new, old = make_training("0123", days_old=3), make_training("4567", days_old=40)
+    before = contents(here)
+    document = gc("--delete")
+    assert document["garbage"] == []
+    assert paths(document["kept"]) == [str(new), str(old)]
+    why = "a training that was stopped 3 days ago; its command goes on with --resume"
+    assert document["kept"][0]["why"] == why
+    assert document["kept"][0]["remedy"] == f"rm -r {new}"
+    assert contents(here).items() >= before.items()
+    document = gc("--older-than", 30, "--delete")
+    assert paths(document["garbage"]) == [str(old)]
+    assert document["size_bytes"] >= 200
+    assert (new / "checkpoint.pt").exists()
+    assert not old.exists()
+
+
+def test_a_training_that_kept_nothing_goes_and_one_with_a_file_of_yours_stays(here, gc):
+    empty, mine = make_training("0123", ["metrics.jsonl"]), make_training("4567", ["notes.txt"])
+    document = gc("--delete")
+    assert paths(document["garbage"]) == [str(empty)]
+    assert not empty.exists()
+    assert "kept for notes.txt, which is not ours" in document["kept"][0]["why"]
+    assert (mine / "notes.txt").exists()
+
+
+def test_a_training_that_a_process_is_at_is_passed_over(here, tlpipe):
+    folder = make_training("0123", days_old=40)
+    lock = WriterLock(folder)
+    lock.acquire()
+    try:
+        code, out, err = tlpipe("gc", "--older-than", "30", "--delete")
+    finally:
+        lock.release()
+    assert (code, out) == (0, "Nothing to delete in cache.\n")
+    assert f"Passed over: {folder} is being written by process {os.getpid()}" in err
+    assert (folder / "checkpoint.pt").exists()
+
+
 # gc: data sets
 
 

@@ -1,6 +1,11 @@
 """``tlpipe compare`` from the outside: runs that exist, and a small contest from images."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +14,25 @@ from click.testing import CliRunner
 from PIL import Image
 
 from pipeline.commands import cli
-from pipeline.errors import UsageError
+from pipeline.data import open_source
+from pipeline.errors import TlpipeError, UsageError
+from pipeline.finetune.checkpoint import StoppedError
+from pipeline.finetune.contest import Contest, hold_contest
+from pipeline.finetune.fit import Watcher
+from pipeline.finetune.policies import MissingExtraError
+from pipeline.finetune.settings import Settings
 from pipeline.runs.folder import read_run
 from tests.heads.toy_stores import blobs, cycle, make_store, splits_of
 
+ROOT = Path(__file__).parents[2]
+RESNET = ("--backbone", "resnet18", "--weights", "random", "--image-size", "32")
+HEADS = ("--head", "ridge,prototype", "--grid", "quick", "--no-sizes")
+
 
 def invoke(*arguments):
-    return CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
+    return CliRunner().invoke(
+        cli, list(map(str, arguments)), catch_exceptions=False, standalone_mode=False
+    )
 
 
 @pytest.fixture
@@ -35,7 +52,7 @@ def runs(tmp_path, monkeypatch):
 def test_runs_are_compared_with_a_verdict_a_page_and_a_run_of_its_own(runs):
     result = invoke("compare", *runs)
 
-    assert result.exit_code == 0
+    assert result.return_value == 0
     lines = result.stdout.strip().splitlines()
     assert lines[-1] == str(Path("runs/toys/compare-0001"))
     assert "against the one above" in result.stdout
@@ -59,7 +76,8 @@ def test_a_run_and_something_else_is_refused(runs):
         (["--policy", "most"], "Unknown policy 'most'"),
         (["--head", "logistic"], "Unknown head 'logistic'"),
         (["--head", "none", "--policy", "full"], "needs a backbone, and two heads or policies"),
-        (["--budget", "soon"], "expected a time such as"),
+        (["--budget", "soon"], "--budget 'soon': expected a time such as"),
+        (["--augment", "some"], "Unknown augmentation 'some'"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_read(options, message, tmp_path):
@@ -83,10 +101,12 @@ def photos(tmp_path, monkeypatch):
 
 def test_a_contest_from_images_to_verdict(photos):
     result = invoke(
-        "compare", photos, "--backbone", "resnet18", "--weights", "random", "--image-size", "32",
-        "--head", "ridge,prototype", "--grid", "quick", "--policy", "last:1,scratch",
-        "--epochs", "1", "--budget", "60s", "--json", "--quiet",
+        "compare", photos, *RESNET, "--head", "ridge,prototype", "--grid", "quick",
+        "--policy", "last:1,scratch", "--epochs", "1", "--budget", "60s", "--no-flip",
+        "--augment", "none", "--json", "--quiet",
     )  # fmt: skip
+
+    assert result.return_value == 0
 
     document = json.loads(result.stdout)
     names = {line["name"] for line in document["lines"]}
@@ -99,9 +119,175 @@ def test_a_contest_from_images_to_verdict(photos):
     assert document["failures"] == {}
     by_name = {line["name"].split(" (")[0]: line for line in document["lines"]}
     assert by_name["ridge"]["extract_seconds"] > 0
-    assert by_name["fine-tuning, last:1"]["extract_seconds"] == 0
+    # One started from a head on the store's features, the other from nothing.
+    of_the_store = by_name["ridge"]["extract_seconds"]
+    assert by_name["fine-tuning, last:1"]["extract_seconds"] == of_the_store
+    assert by_name["fine-tuning, scratch"]["extract_seconds"] == 0
+    assert by_name["fine-tuning, scratch"]["budget_seconds"] == 30
+    settings = read_run(Path(by_name["fine-tuning, scratch"]["path"]))["settings"]
+    assert (settings["flip"], settings["augment"]) == (False, "none")
+    assert by_name["ridge"]["n_tried"] > 1
     trained = by_name["fine-tuning, scratch"]["n_trained"]
     assert trained > by_name["fine-tuning, last:1"]["n_trained"] > by_name["ridge"]["n_trained"]
     assert [p["n_per_class"] for p in document["sizes"]["resnet18"]][:3] == [1, 2, 5]
     assert "Fine-tuning, last:1" in document["verdict"]
     assert all(Path(line["path"], "predictions.csv").exists() for line in document["lines"])
+
+
+def test_a_comparison_is_refused_as_a_run(runs):
+    compared = invoke("compare", *runs, "--quiet").stdout.splitlines()[-1]
+
+    with pytest.raises(UsageError, match="compare-0001 is a comparison itself"):
+        invoke("compare", compared, runs[0])
+
+
+def test_what_cannot_be_learned_is_refused_before_anything_is_embedded(photos):
+    rows = [f"{path},{i % 2},{i % 3}" for i, path in enumerate(sorted(photos.rglob("*.png")))]
+    Path("two.csv").write_text("path,kind,side\n" + "\n".join(rows))
+
+    for options, error, message in (
+        (["two.csv"], UsageError, "has several label columns: kind, side"),
+        (["two.csv", "--label", "kind", "--group-column", "x"], UsageError, "group column 'x'"),
+        ([photos, "--policy", "full,last:9"], UsageError, "resnet18: Policy last:9 asks for more"),
+    ):
+        with pytest.raises(error, match=message):
+            invoke("compare", *options, *RESNET, "--cache", "none-yet")
+
+    assert not Path("none-yet").exists()
+
+
+def test_a_missing_package_is_missed_before_anything_is_embedded(photos, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+
+    with pytest.raises(MissingExtraError, match="--policy lora needs the package peft"):
+        invoke("compare", photos, *RESNET, "--policy", "lora", "--cache", "none-yet")
+
+    assert not Path("none-yet").exists()
+
+
+def test_groups_are_never_parted(photos):
+    rows = [f"{path},{i % 2},{i // 4}" for i, path in enumerate(sorted(photos.rglob("*.png")))]
+    Path("grouped.csv").write_text("path,label,scene\n" + "\n".join(rows))
+
+    result = invoke(
+        "compare", "grouped.csv", "--group-column", "scene", "--label", "label", "--backbone",
+        "pixels", *HEADS, "--policy", "none", "--quiet",
+    )  # fmt: skip
+
+    assert result.return_value == 0
+    assert (
+        "of the groups of scene" in read_run(Path(result.stdout.splitlines()[-1]))["split_origin"]
+    )
+
+
+def test_images_that_were_skipped_are_named(photos):
+    (photos / "dark" / "broken.png").write_bytes(b"no image")
+
+    result = invoke("compare", photos, "--backbone", "pixels", *HEADS, "--policy", "none")
+
+    assert result.return_value == 3
+    assert "Skipped dark/broken.png: " in result.stderr
+    run = Path(result.stdout.splitlines()[-1])
+    assert list(read_run(run)["skipped"]) == ["dark/broken.png"]
+    assert "Skipped dark/broken.png" in (run / "report.html").read_text()
+
+
+def contest(**options):
+    given = {
+        "backbones": ("resnet18",), "heads": ("ridge",), "weights": "random", "image_size": 32,
+        "grid": "quick", "policies": ("head", "scratch"), "sizes": False,
+        "training": Settings(epochs=2, lr=1e-3, batch_size=16, flip=False),
+    }  # fmt: skip
+    return Contest(**given | options)
+
+
+def hold(photos, contest, **options):
+    return hold_contest(
+        open_source(str(photos)), contest, cache_dir=Path("cache"), out=Path("runs"), **options
+    )
+
+
+def test_a_policy_that_fails_is_told_though_quiet_and_the_others_are_compared(photos):
+    result = invoke(
+        "compare", photos, "--backbone", "pixels", *HEADS, "--policy", "bitfit", "--quiet"
+    )
+
+    assert result.return_value == 3
+    assert "Error: bitfit (pixels) has no run: Policy 'bitfit' finds nothing" in result.stderr
+    document = read_run(Path(result.stdout.splitlines()[-1]))
+    assert len(document["lines"]) == 2
+    assert list(document["failures"]) == ["bitfit (pixels)"]
+
+
+def test_with_one_run_left_the_reasons_and_the_run_are_named(photos):
+    pixels = contest(backbones=("pixels",), weights="default", policies=("bitfit",))
+
+    with pytest.raises(TlpipeError, match=r"Only 1 of the 2 runs came about") as raised:
+        hold(photos, pixels)
+
+    assert "bitfit (pixels): Policy 'bitfit' finds nothing" in str(raised.value)
+    assert "It is kept in runs/ridge-pixels-32-0001" in str(raised.value)
+    assert raised.value.exit_code == 1
+
+
+def test_a_contest_that_was_stopped_goes_on_where_it_was(photos):
+    epochs = []
+    stops = Watcher(on_epoch=lambda entry: epochs.append(entry["epoch"]))
+
+    with pytest.raises(StoppedError, match="all of it is kept"):
+        # Both epochs of "head" with the state before them, and the first ones of "scratch".
+        hold(photos, contest(), watcher=stops, should_stop=lambda: len(epochs) > 4)
+    n_before, notes = len(epochs), []
+    outcome = hold(photos, contest(), watcher=stops, on_note=notes.append)
+
+    assert [path.name for path in outcome.paths] == [
+        "ridge-resnet18-0001", "finetune-head-resnet18-0001", "finetune-scratch-resnet18-0001",
+    ]  # fmt: skip
+    assert notes.count("Taken up: frozen (resnet18) is done.") == 1
+    assert notes.count("Taken up: head (resnet18) is done.") == 1
+    assert n_before > 4
+    assert len(epochs) == 6
+    assert not [path.name for path in Path("runs").iterdir() if path.name.startswith(".")]
+
+
+def test_heads_that_were_stopped_are_taken_up(photos):
+    told = []
+
+    with pytest.raises(StoppedError, match="Stopped while heads were fitted on resnet18"):
+        hold(
+            photos, contest(heads=("ridge", "prototype"), policies=()),
+            on_note=told.append, should_stop=lambda: bool(told),
+        )  # fmt: skip
+
+    assert list(Path("runs").glob(".*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to another process")
+def test_control_c_says_how_to_go_on(photos, tmp_path):
+    words = [
+        "compare",
+        "photos",
+        *RESNET,
+        "--head",
+        "none",
+        "--policy",
+        "head,full",
+        "--epochs",
+        "4000",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "cli.py"), *words],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("runs/photos/.finetune-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert out == ""
+    assert "Go on with:" in err
+    assert err.splitlines()[-1].strip().startswith("tlpipe compare photos")

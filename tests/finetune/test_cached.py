@@ -21,6 +21,7 @@ from pipeline.finetune.checkpoint import StoppedError
 from pipeline.finetune.fit import Watcher
 from pipeline.finetune.network import Classifier, make_head, make_trunk
 from pipeline.finetune.top import SplitPoint, find_split, make_top
+from pipeline.runs.comparison import read_contenders
 from pipeline.store import open_store
 from tests.finetune.conftest import SIZE
 
@@ -217,6 +218,14 @@ def test_the_saved_network_is_whole(cached, photos):
     assert found.tolist() == run.results[0].predictions.predicted.tolist()
     document = json.loads((path / "run.json").read_text())
     assert document["settings"]["cached"] is True
+    assert list(open_store(document["stores"][0]).layers) == ["blocks.3"]
+    seconds = document["seconds"]
+    assert seconds["embed"] > 0
+    parts = sum(value for name, value in seconds.items() if name != "total")
+    assert seconds["total"] == pytest.approx(parts, abs=1e-3)
+    (contender,) = read_contenders(path)  # counts the embedding once, as the store tells it
+    assert contender.extract_seconds > 0
+    assert contender.fit_seconds == pytest.approx(seconds["total"] - seconds["embed"])
 
 
 def test_a_second_training_embeds_nothing_and_says_no_size(cached):

@@ -10,6 +10,8 @@ from pipeline.backbones import load_backbone
 from pipeline.data import open_source
 from pipeline.errors import MismatchError, StoreError
 from pipeline.finetune import Settings
+from pipeline.finetune.checkpoint import StoppedError
+from pipeline.finetune.fit import Watcher
 from pipeline.finetune.initial import head_module
 from pipeline.heads import make_head
 from pipeline.heads.calibration import fit_temperature
@@ -81,7 +83,7 @@ def test_at_the_first_step_the_network_is_the_run(embed, train, tmp_path):
     found = run.results[0].predictions.probability
     np.testing.assert_allclose(found, expected.max(axis=1), atol=1e-4)
     note = next(note for note in run.notes if note.startswith("The head starts as logreg of"))
-    assert "could not be fitted without the samples that choose" in note
+    assert f"Its store {store.path} is not here, so it could not be fitted without the" in note
     assert run.best_epoch == 1  # the start has seen those who choose, and is no candidate
 
 
@@ -92,7 +94,10 @@ def test_with_its_store_the_setting_is_fitted_without_those_who_choose(embed, tr
 
     run = train(settings={"epochs": 1, "lr": 1e-12, "policy": "head"}, init_head="auto")
 
-    assert run.head == str(path)
+    document = run.to_dict()
+    assert document["head_start"] == str(path)
+    assert document["stores"] == [str(store.path)]
+    assert document["head_seconds"] == fitted.seconds["total"] > 0
     note = next(note for note in run.notes if note.startswith("The head starts as logreg of"))
     assert "fitted again without the samples that choose" in note
     assert "--init-head none" in note
@@ -118,6 +123,84 @@ def _choosers(run, train, tmp_path):
     samples = [sample for sample in source.samples if sample.split == "train"]
     held = stratified_split([s.id for s in samples], [s.labels[0] for s in samples], 0.2, 0)
     return [sample.id for sample, is_held in zip(samples, held, strict=True) if is_held]
+
+
+def test_a_class_that_only_val_has_is_not_learned_from_those_who_choose(embed, train, tmp_path):
+    folder = tmp_path / "given"
+    write_photos(folder, 8, "ab", "train")
+    write_photos(folder, 4, "abc", "val")
+    write_photos(folder, 3, "abc", "test")
+    path = fit_head(embed(folder), settings=[{"C": 1.0}]).save(tmp_path / "runs")
+
+    for init_head in ("auto", path):
+        run = train(
+            folder, settings={"epochs": 1, "lr": 1e-12, "policy": "head"}, init_head=init_head
+        )
+
+        assert run.head == str(path)
+        (note,) = [note for note in run.notes if note.startswith("The head starts as logreg of")]
+        assert ", fitted again without the samples that choose. --init-head none" in note
+        assert run.curve[0]["val_top1"] <= 2 / 3
+        assert run.best_epoch == 0  # the start is a candidate: those who choose are new to it
+        assert "c" not in run.results[0].predictions.predicted
+        assert run.network.head[-1].weight[2].abs().max() < 1e-6
+
+
+def test_a_class_that_a_head_never_saw_is_as_good_as_impossible(embed, tmp_path):
+    store = embed(write_photos(tmp_path / "two", 8, "ab"))
+    model = fit_head(store, settings=[{"C": 1.0}]).model
+    X = np.asarray(store.features(layers=["penultimate"]), np.float32)
+    tasks = [Task("label", ("a", "b", "c"))]
+
+    found = head_module(model, tasks, path=store.path, partial=True)(torch.from_numpy(X))
+
+    probabilities = found.detach().softmax(dim=1).numpy()
+    assert 0 < probabilities[:, 2].max() < 1e-3
+    np.testing.assert_allclose(probabilities[:, :2], model.predict_proba(X)[:, :2], atol=1e-3)
+    with pytest.raises(MismatchError, match="has never seen a sample of 'c'"):
+        head_module(model, tasks, path=store.path)
+
+
+def test_why_a_head_could_not_be_fitted_again_is_said(embed, train, photos, tmp_path):
+    store = embed()
+    path = fit_head(store, settings=[{"C": 1.0}]).save(tmp_path / "runs")
+    for i in range(4):
+        shutil.copy(photos / "a" / "00.png", photos / "a" / f"copy{i}.png")
+
+    run = train(settings={"epochs": 1, "policy": "head"}, init_head=path)
+
+    note = next(note for note in run.notes if note.startswith("The head starts as logreg of"))
+    assert f"Its store {store.path} lacks images that are trained on, so it could not be" in note
+    assert "their scores flatter the first epochs" in note
+
+
+def test_the_same_head_of_another_run_takes_up_what_was_stopped(embed, train, tmp_path):
+    store = embed()
+    settings = {"epochs": 3, "policy": "head"}
+    fit_head(store, settings=[{"C": 1.0}]).save(tmp_path / "runs")
+    epochs, told = [], []
+    watcher = Watcher(on_epoch=epochs.append, should_stop=lambda: len(epochs) == 2)
+    with pytest.raises(StoppedError):
+        train(settings=settings, init_head="auto", watcher=watcher)
+    again = fit_head(store, settings=[{"C": 1.0}]).save(tmp_path / "runs")
+
+    watcher = Watcher(note=told.append)
+    run = train(settings=settings, init_head="auto", resume=True, watcher=watcher)
+
+    assert run.head == str(again)
+    assert told[-1] == "Taken up at step 3 of 9."
+    other = fit_head(store, settings=[{"C": 0.1}]).save(tmp_path / "runs")
+    assert train(settings=settings, init_head=other).checkpoint.path != run.checkpoint.path
+
+
+def test_a_fine_tuned_network_is_no_head_to_start_from(train):
+    path = train(settings={"epochs": 1, "policy": "head"}).save()
+
+    with pytest.raises(MismatchError) as caught:
+        train(init_head=path)
+
+    assert f"{path} is a fine-tuned network; a training starts from a head" in str(caught.value)
+    assert "Name a run of fit-head or sweep, or use --init-head none." in str(caught.value)
 
 
 def test_policy_head_on_plain_views_sees_the_features_of_the_store(embed, backbone, photos):

@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from pipeline.backbones import load_backbone
-from pipeline.errors import DataError, ResourceError, TooFewSamplesError, UnknownNameError
+from pipeline.errors import (
+    DataError,
+    ResourceError,
+    StoreError,
+    TooFewSamplesError,
+    UnknownNameError,
+)
 from pipeline.finetune import Settings
 from pipeline.finetune.blocks import Blocks
 from pipeline.finetune.bundle import load_network
@@ -144,9 +150,41 @@ def test_a_loss_that_is_no_number_keeps_the_best_state():
 
     assert [entry["epoch"] for entry in progress.curve] == [0, 1, 2, 3]
     assert "not a number at step 13 (epoch 4" in progress.note
+    kept = progress.best_epoch
+    assert f"training stopped, and the state after epoch {kept} was kept" in progress.note
     assert "--lr 0.005, --clip 0.5 or --precision fp32" in progress.note
     assert torch.isfinite(weights(trainer)).all()
     assert trainer._evaluate()[1] == progress.curve[progress.best_epoch]["val_top1"]
+
+
+def test_a_loss_that_is_no_number_in_the_first_step_keeps_the_start():
+    trainer = make_trainer()
+    trainer.train.points.fill_(torch.nan)
+
+    progress = trainer.run()
+
+    assert progress.best_epoch == 0
+    assert "training stopped, and the state at the start was kept." in progress.note
+
+
+def test_an_evaluation_that_is_no_number_is_worse_than_any_that_is():
+    trainer = make_trainer(epochs=2, lr=1e-9)
+    choose = trainer.choose
+    with torch.no_grad():  # answers that are never right, so that accuracy is 0 in every epoch
+        choose.targets = trainer.network(choose.points).argmin(dim=1)
+    n_seen = iter(range(9))
+
+    def plain():
+        poison = torch.nan if next(n_seen) == 1 else 0.0
+        yield Batch(choose.points + poison, choose.targets)
+
+    choose.plain = plain
+    progress = trainer.run()
+
+    assert [entry["val_top1"] for entry in progress.curve] == [0.0, 0.0, 0.0]
+    assert progress.curve[1]["val_loss"] is None
+    assert progress.best_epoch != 1
+    assert math.isfinite(progress.best_score[1])
 
 
 def test_patience_stops_and_says_so():
@@ -274,6 +312,8 @@ def test_a_run_learns_and_is_whole(train, tmp_path):
     assert document["n_trained"] == document["n_parameters"]
     assert document["chosen_by"] == "20% of train (stratified, seed 0, 6 samples)"
     assert document["scored_on"] == "test"
+    assert (document["head_start"], document["head_seconds"]) == ("fresh", 0)
+    assert document["stores"] == []
     assert set(document["seconds"]) == {"load", "search", "train", "score", "total"}
     assert np.array(document["confusion"]["counts"]).sum() == document["n_samples"]["test"] == 6
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -358,6 +398,16 @@ def test_given_val_chooses_and_classes_that_train_lacks_count_as_errors(train, t
     assert "Only val has samples of 1 class" in notes
     assert "2 samples that choose are of classes that nothing is trained on" in notes
     assert "2 test samples of 1 class that train does not have" in notes
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_an_image_is_read(train, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    plans = []
+
+    with pytest.raises(StoreError, match=r"runs cannot be made .*\n  Give another folder with --o"):
+        train(watcher=Watcher(on_plan=lambda *told: plans.append(told)))
+
+    assert plans == []
 
 
 def test_images_that_cannot_be_read_are_left_out_and_listed(train, photos):

@@ -4,7 +4,7 @@ import html.parser
 
 import pytest
 
-from pipeline.report.page import Page, bytes_text, seconds_text
+from pipeline.report.page import Page, bytes_text, log_axis, seconds_text
 
 
 class Checker(html.parser.HTMLParser):
@@ -69,3 +69,19 @@ def test_seconds(seconds, text):
 )
 def test_bytes(size, text):
     assert bytes_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("values", "within"),
+    [
+        ([1.5, 8.0], ["2", "5"]),
+        ([0.03, 4000.0], ["0.1", "1", "10", "100", "1,000"]),
+        ([0.0], ["1"]),
+    ],
+)
+def test_every_logarithmic_axis_has_labels_between_what_it_shows(values, within):
+    axis = log_axis(values)
+
+    pairs = zip(axis["tickvals"], axis["ticktext"], strict=True)
+    low, high = min(values) or 1, max(values) or 1
+    assert [text for tick, text in pairs if low <= tick <= high] == within

@@ -1,6 +1,7 @@
 """Runs side by side: paired on the same samples, costs told, refused where they do not fit."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from pipeline.errors import MismatchError, StoreError, UsageError
 from pipeline.heads.paired import mcnemar
 from pipeline.report.compare import compare_page, compare_table
 from pipeline.runs.comparison import Comparison, Contender, compare_runs
+from pipeline.runs.folder import RUN_FORMAT, read_run, write_json
 from pipeline.sweep.fit import fit_head
+from pipeline.sweep.sweep import Plan, sweep
 from tests.heads.toy_stores import blobs, cycle, make_store, splits_of
 
 
@@ -93,7 +96,103 @@ def test_other_training_data_is_warned_about(store, tmp_path):
     assert any("not fitted on the same training samples" in note for note in found.notes)
 
 
+def test_the_same_folder_by_another_path_is_no_second_run(store, tmp_path):
+    path = fitted(store, tmp_path)
+
+    with pytest.raises(UsageError, match="needs two runs or more"):
+        compare_runs([path, path / ".." / path.name])
+
+
+def test_settings_that_were_tried_are_counted(store, tmp_path):
+    alone = fitted(store, tmp_path, "prototype", settings=[{}])
+    swept = sweep(store, Plan(("ridge", "knn"), grid="quick")).save(tmp_path)
+
+    lines = {line["kind"]: line for line in compare_runs([alone, swept]).lines()}
+
+    n_all = sum(line["n_trials"] for line in read_run(swept)["heads"])
+    assert lines["sweep"]["n_tried"] == n_all > 2
+    assert lines["sweep"]["search_seconds"] > 0
+    assert lines["fit-head"]["n_tried"] == 1
+
+
+def test_a_comparison_is_no_run_and_names_its_runs(store, tmp_path):
+    paths = [fitted(store, tmp_path, head) for head in ("ridge", "knn")]
+    document = compare_runs(paths).to_dict() | {"format": RUN_FORMAT, "format_version": 1}
+    folder = tmp_path / "compare-0001"
+    folder.mkdir()
+    write_json(folder / "run.json", document)
+
+    with pytest.raises(UsageError, match="is a comparison itself") as raised:
+        compare_runs([folder, paths[0]])
+
+    assert all(str(path) in str(raised.value) for path in paths)
+
+
+def finetune_run(store, out, **more):
+    """A run of another head's predictions, told to be of a training."""
+    path = fitted(store, out, "knn")
+    run = read_run(path)
+    del run["stores"], run["layers"]
+    run |= {"kind": "finetune", "policy": "full", "backbone": {"name": "net"}, "lr_trials": []}
+    write_json(path / "run.json", run | {"settings": {}, **more})
+    return path
+
+
+def test_a_training_costs_the_extraction_and_the_fit_of_the_head_it_started_from(store, tmp_path):
+    with_cost(store, seconds=60.0)
+    frozen = fitted(store, tmp_path)
+    plain = finetune_run(store, tmp_path)
+    from_head = finetune_run(store, tmp_path, stores=[str(store.path)], head_seconds=5.0)
+    gone = finetune_run(store, tmp_path, stores=[str(tmp_path / "gone")])
+    embedding = {"stores": [str(store.path)], "seconds": {"embed": 61.0, "total": 70.0}}
+    embedded = finetune_run(store, tmp_path, **embedding)
+
+    found = compare_runs([frozen, plain, from_head, gone, embedded])
+    lines = {line["path"]: line for line in found.lines()}
+
+    costs = {path: lines[str(path)]["extract_seconds"] for path in (frozen, plain, from_head, gone)}
+    assert costs == {frozen: 60.0, plain: 0.0, from_head: 60.0, gone: None}
+    own = read_run(from_head)["seconds"]["total"]
+    assert lines[str(from_head)]["fit_seconds"] == own + 5.0
+    assert lines[str(from_head)]["total_seconds"] == own + 65.0
+    assert lines[str(embedded)]["total_seconds"] == 60.0 + 9.0
+
+
+def with_cost(store, seconds):
+    """Have the store say that embedding all of it took so long."""
+    cost = {"seconds": seconds, "n_embedded": len(store)}
+    provenance = store.manifest.provenance | {"cost": cost}
+    replace(store.manifest, provenance=provenance).write(store.path)
+
+
+def test_labels_that_were_scored_on_different_splits_say_where(tmp_path):
+    labels = cycle("abc", 90)
+    side = [None if i >= 60 else "xy"[i % 2] for i in range(90)]
+    store = make_store(
+        tmp_path / "s", {"penultimate": blobs(labels)}, {"kind": labels, "side": side},
+        splits_of(40, 20, 30),
+    )  # fmt: skip
+    paths = [
+        fitted(store, tmp_path, head, label=label)
+        for label in ("kind", "side")
+        for head in ("ridge", "knn")
+    ]
+
+    document = compare_runs(paths).to_dict()
+    columns, _ = compare_table(document)
+
+    names = {line["name"].rpartition("), ")[2] for line in document["lines"]}
+    assert names == {"kind, on test", "side, on val"}
+    assert columns[1] == "top-1 [95 %]"
+    assert "side: scored on val" in compare_page(document)
+
+
 # The verdict
+
+CURVE = [
+    {"epoch": epoch, "seconds": seconds, "val_top1": value}
+    for epoch, seconds, value in ((0, 0.0, 0.123), (1, 3.0, 0.456), (2, 6.0, 0.97), (3, 9.0, 0.99))
+]
 
 
 def contender(name, n_right, *, policy=None, seconds=10.0, extract=90.0, val=None, n=1000, **more):
@@ -114,7 +213,7 @@ def contender(name, n_right, *, policy=None, seconds=10.0, extract=90.0, val=Non
         "chosen_by": "val",
         "n_samples": {"train": 1, "val": 0, "test": n},
         "split_origin": "given",
-        "curve": [{"seconds": 1.0, "val_top1": 0.5}] if policy else [],
+        "curve": CURVE if policy else [],
         **more,
     }
     right = {str(i): i < n_right for i in range(n)}
@@ -167,6 +266,35 @@ def test_scratch_says_what_transfer_is_worth():
 
     assert "Training from scratch reaches 0.500, 43.0 [" in said
     assert "that is what transfer is worth here" in said
+
+
+@pytest.mark.parametrize(
+    ("n_right", "words"),
+    [
+        (905, "cannot be told from fine-tuning, full (net): here transfer is worth no more than"),
+        (960, "points more than fine-tuning, full (net): the pretrained weights hurt here."),
+    ],
+)
+def test_scratch_that_is_as_good_or_better_is_called_so(n_right, words):
+    said = verdict(
+        contender("full", 900, policy="full"), contender("scratch", n_right, policy="scratch")
+    )
+
+    assert words in said
+    assert "what transfer is worth" not in said
+
+
+def test_the_page_has_start_slope_and_asymptote_in_numbers_and_the_confusion_of_the_best():
+    confusion = {"classes": ["cat", "dog"], "counts": [[3, 1], [0, 4]]}
+    tuned = contender("full", 930, policy="full", confusion=confusion)
+    other = contender("logreg", 900, confusion={"classes": ["cow"], "counts": [[8]]})
+
+    page = compare_page(Comparison([tuned, other], []).to_dict())
+
+    cells = "<td>0.123</td><td>0.456</td><td>0.990</td><td>3</td><td>6.0 s</td>"
+    assert cells in page
+    assert "Confusion on test of the best on validation, fine-tuning, full (net)" in page
+    assert '"cow"' not in page
 
 
 def test_page_and_table_show_every_line():
