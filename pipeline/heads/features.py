@@ -103,35 +103,46 @@ class StoredFeatures:
         numbers = {store.n_views for store in self.stores}
         return numbers.pop() if len(numbers) == 1 else 1
 
-    def read(self, view: int = 0) -> NDArray[np.float32]:
-        """All of them: (n_samples, n_features).
-
-        Args:
-            view: 0 is the plain one.
+    def read(self) -> NDArray[np.float32]:
+        """The plain view of all of them: (n_samples, n_features).
 
         Raises:
             ResourceError: they do not fit into memory.
         """
+        return self._read(1)[:, 0]
+
+    def read_views(self) -> NDArray[np.float32]:
+        """All of them: (n_samples, n_views, n_features).
+
+        Raises:
+            ResourceError: they do not fit into memory.
+        """
+        return self._read(self.n_views)
+
+    def _read(self, n_views: int) -> NDArray[np.float32]:
         n_samples, n_features = self.shape
-        if 4 * n_samples * n_features > available_bytes():
-            raise self._too_large()
+        if 4 * n_samples * n_views * n_features > available_bytes():
+            raise self._too_large(n_views)
         try:
-            X = np.empty(self.shape, dtype=np.float32)
-            start = 0
-            for store, names, rows, width in zip(
-                self.stores, self.layers, self.rows, self.widths, strict=True
-            ):
-                X[:, start : start + width] = store.features(layers=names, view=view)[rows]
-                start += width
+            X = np.empty((n_samples, n_views, n_features), dtype=np.float32)
+            for view in range(n_views):
+                start = 0
+                for store, names, rows, width in zip(
+                    self.stores, self.layers, self.rows, self.widths, strict=True
+                ):
+                    own = slice(start, start + width)
+                    X[:, view, own] = store.features(layers=names, view=view)[rows]
+                    start += width
         except MemoryError as error:
-            raise self._too_large() from error
+            raise self._too_large(n_views) from error
         return X
 
-    def _too_large(self) -> ResourceError:
+    def _too_large(self, n_views: int) -> ResourceError:
         n_samples, n_features = self.shape
+        views = f"{n_views} views of " if n_views > 1 else ""
         return ResourceError(
-            f"{n_samples:,} samples of {n_features:,} features need "
-            f"{4e-9 * n_samples * n_features:.1f} GB of memory, which is not there.\n"
+            f"{n_samples:,} samples of {views}{n_features:,} features need "
+            f"{4e-9 * n_samples * n_views * n_features:.1f} GB of memory, which is not there.\n"
             "  Fit from disk:  tlpipe fit-head --memory-limit 2GB, or use fewer layers:  "
             "--layers penultimate"
         )
@@ -189,8 +200,7 @@ class HeadInputs:
         Raises:
             ResourceError: the features do not fit into memory.
         """
-        others = (self.features.read(view) for view in range(1, self.features.n_views))
-        return np.stack([self.X, *others], axis=1)
+        return self.features.read_views()
 
     def matrix(self, with_views: bool) -> NDArray[np.float32]:
         """``X_views`` for a head that learns from views, where there are several; else ``X``."""

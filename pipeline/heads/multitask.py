@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -77,7 +78,8 @@ class MultiTaskMLP(MLPHead):
         """Raise ValueError where a parameter is out of its range."""
         super().check_params()
         counts = self.n_classes
-        if not isinstance(counts, Sequence) or not all(type(n) is int and n > 1 for n in counts):
+        whole = isinstance(counts, Sequence) and all(isinstance(n, Integral) for n in counts)
+        if not whole or not all(n > 1 for n in counts):
             raise ValueError(f"n_classes is {counts!r}, expected 2 or more for each task")
         if not counts:
             raise ValueError("n_classes is empty, expected the number of classes of each task")
@@ -98,6 +100,8 @@ class MultiTaskMLP(MLPHead):
         X, y = validate_data(self, X, y, dtype=[np.float32, np.float64], multi_output=True)
         rows = np.arange(len(X))
         targets, self.classes_, n_classes = self.targets(y, rows)
+        if (targets == NO_LABEL).all():
+            raise ValueError("y has no label in any column, expected some in one of them")
         weights = sample_weights(X, rows, None, sample_weight)
         return self._learn_targets(X, targets, weights, n_classes)
 
@@ -127,8 +131,21 @@ class MultiTaskMLP(MLPHead):
         return np.concatenate([softmax(scores[:, part]) for part in parts], axis=1)
 
     def score(self, X: Array, y: Array, sample_weight: Array | None = None) -> float:
-        """Mean over the tasks of the share of right answers among the samples with a label."""
+        """Mean over the tasks of the share of right answers among the samples with a label.
+
+        A task in which no sample has one, or none of those a weight, is left out.
+
+        Raises:
+            ValueError: that is so in all of them.
+        """
         y, right = np.asarray(y), self.predict(X) == y
         weights = np.ones(len(y)) if sample_weight is None else np.asarray(sample_weight)
         parts = zip((y != NO_LABEL).T, right.T, strict=True)
-        return float(np.mean([np.average(r[known], weights=weights[known]) for known, r in parts]))
+        shares = [
+            np.average(r[known], weights=weights[known])
+            for known, r in parts
+            if weights[known].any()
+        ]
+        if not shares:
+            raise ValueError("y has no label with a weight in any column: nothing can be scored")
+        return float(np.mean(shares))

@@ -102,7 +102,7 @@ def table_of(run: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             row.append(f"{describe_layers(line['layers'])}, {line['scaling']}")
         rows.append(row)
     for head in run["failures"]:
-        failed = ["failed" if column == "settings" else "–" for column in columns]
+        failed = ["failed" if column == "best setting" else "–" for column in columns]
         rows.append([head, *failed[1:]])
     return columns, rows
 

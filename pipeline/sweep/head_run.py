@@ -346,9 +346,13 @@ def view_notes(head: str, inputs: HeadInputs, *, plain_only: bool = False) -> li
         inputs: its features.
         plain_only: it was fitted in a way that reads no other views.
     """
-    n_views = inputs.features.n_views
+    numbers = [store.n_views for store in inputs.features.stores]
+    n_views = max(numbers)
     if not HEADS[head].views or n_views == 1:
         return []
+    if min(numbers) < n_views:
+        found = " and ".join(map(str, numbers))
+        return [f"Learned from the plain view alone: the stores hold {found} views a sample."]
     if plain_only:
         why = "fits from disk and of several labels use no other"
         return [f"Learned from the plain view alone of {n_views} that are stored: {why}."]

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import TlpipeError, UnknownNameError, UsageError
+from pipeline.errors import UnknownNameError, UsageError
 from pipeline.heads import HEADS, MULTITASK, multitask_class
 from pipeline.heads.base import softmax
 from pipeline.heads.folds import FIT_ERRORS, FoldResult
 from pipeline.heads.metrics import evaluate
 from pipeline.heads.model import HeadModel
-from pipeline.heads.scaling import SCALINGS, fit_scaler
+from pipeline.heads.scaling import fit_scaler
 from pipeline.heads.tasks import NO_LABEL, TASK_WEIGHTS, task_slices
 from pipeline.runs.tasks import MEAN_NOTE, TaskResult, mean_scores, score_task
 from pipeline.sweep.columns import LabelColumn
 from pipeline.sweep.grids import GRIDS, Setting
 from pipeline.sweep.head_run import Clock, FittedRun, fit_notes, view_notes
 from pipeline.sweep.prepare import Prepared, plan
-from pipeline.sweep.search import Selection
-from pipeline.sweep.selection import Scaled, scale
-from pipeline.sweep.stream import must_stream
+from pipeline.sweep.proposals import scalings_of
+from pipeline.sweep.search import Selection, Tried, all_failed, without_best
+from pipeline.sweep.selection import RefitError, Scaled, scale
+from pipeline.sweep.stream import in_memory_bytes, memory_option
 from pipeline.sweep.trials import Candidate, Trial, check_metric
 
 if TYPE_CHECKING:
@@ -93,7 +95,8 @@ def fit_multitask(
         task_weights: one of ``pipeline.heads.tasks.TASK_WEIGHTS``.
         layers: layers to use; ("all",) for every one; None for "penultimate", or every one.
         groups: column of samples that belong together and are never parted.
-        scaling: one of ``pipeline.heads.scaling.SCALINGS``; None for the head's own default.
+        scaling: one of ``pipeline.heads.scaling.SCALINGS``, "auto" to try those that may suit the
+            head; None for the head's own default.
         settings: parameters to try; None for a few that suit the head.
         metric: whose mean chooses, of ``pipeline.sweep.trials.METRICS``.
         seed: of held-out parts, gradient steps and the bootstrap.
@@ -109,25 +112,33 @@ def fit_multitask(
         TlpipeError: every setting failed.
     """
     _check_head(head, labels)
-    scaling = scaling or HEADS[head].scaling
+    scalings = scalings_of(head, [scaling] if scaling else [])
     settings = settings or GRIDS["quick"][head]
-    _check(head, settings, task_weights, scaling, metric)
+    _check(head, settings, task_weights, metric)
     clock = Clock()
     data = plan(stores, layers=layers, label=labels, groups=groups, seed=seed)
     columns = [
         LabelColumn.of(name, column, data.protocol) for name, column in data.inputs.columns.items()
     ]
-    if memory_limit is not None and must_stream(data, head, settings, memory_limit):
+    fit = _MultiTask(data, columns, head, task_weights)
+    needed = in_memory_bytes(data, head, settings, sum(fit.sizes))
+    if memory_limit is not None and needed > memory_limit:
+        fewer = ", fewer layers (--layers)" if len(data.inputs.layer_names) > 1 else ""
         raise UsageError(
-            f"Several labels are learned in memory, which could exceed {memory_limit / 1e9:.2f} GB."
-            "\n  Give a larger --memory-limit, or use fewer layers:  --layers penultimate"
+            f"Several labels are learned in memory: this fit takes up to {needed / 1e9:.2f} GB, "
+            f"and --memory-limit is {memory_limit / 1e9:.2f} GB.\n"
+            f"  Take  {memory_option(needed)}{fewer},  or fewer images (extract --limit)."
         )
     _ = data.inputs.X
     clock.lap("load")
-    fit = _MultiTask(data, columns, head, task_weights)
-    selection = fit.select(settings, scaling, metric, on_trial)
+    selection = fit.select(settings, scalings, metric, on_trial)
     clock.lap("select")
-    model = fit.refit(selection.best)
+    while True:
+        try:
+            model = fit.refit(selection.best)
+            break
+        except RefitError as error:
+            selection = without_best(selection, str(error), metric, fit.once_more)
     clock.lap("fit")
     results = fit.score(model, selection, clock)
     clock.lap("score")
@@ -178,15 +189,11 @@ def _check_head(head: str, labels: Sequence[str]) -> None:
         )
 
 
-def _check(
-    head: str, settings: Sequence[Setting], task_weights: str, scaling: str, metric: str
-) -> None:
+def _check(head: str, settings: Sequence[Setting], task_weights: str, metric: str) -> None:
     """Refuse what cannot be done before anything is read."""
     check_metric(metric)
     if task_weights not in TASK_WEIGHTS:
         raise UnknownNameError("weighting of tasks", task_weights, TASK_WEIGHTS)
-    if scaling not in SCALINGS:
-        raise UnknownNameError("scaling", scaling, SCALINGS)
     known = multitask_class(head).parameter_names()
     for name in (name for setting in settings for name in setting):
         if name not in known:
@@ -226,26 +233,47 @@ class _MultiTask:
     def select(
         self,
         settings: Sequence[Setting],
-        scaling: str,
+        scalings: Sequence[str],
         metric: str,
         on_trial: Callable[[Trial], None],
     ) -> Selection:
-        """Try every setting on every fold.
+        """Try every setting with every scaling on every fold.
 
         Raises:
             TlpipeError: all of them failed.
         """
-        inputs, protocol, n_outputs = self.data.inputs, self.data.protocol, sum(self.sizes)
-        candidates = [
-            Candidate(self.head, inputs.layer_names, scaling, {"seed": self.data.seed} | setting)
-            for setting in settings
-        ]
+        protocol, layers = self.data.protocol, self.data.inputs.layer_names
+        seeded = [{"seed": self.data.seed} | setting for setting in settings]
+        groups = [[Candidate(self.head, layers, name, own) for own in seeded] for name in scalings]
         if not protocol.folds:
-            untried = Trial(_common(candidates), 0.0)
-            return Selection(untried, [untried], np.zeros(0, np.intp), np.zeros((0, n_outputs)))
+            untried = Trial(_common(groups[0]), 0.0)
+            nothing = np.zeros((0, sum(self.sizes)))
+            return Selection(untried, [untried], np.zeros(0, np.intp), nothing)
+        trials: list[Trial] = []
+        best: tuple[Trial, NDArray[np.float64]] | None = None
+        for trial, probabilities in chain.from_iterable(map(self._try, groups)):
+            on_trial(trial)
+            trials.append(trial)
+            if probabilities is not None and (
+                best is None or trial.rank(metric) > best[0].rank(metric)
+            ):
+                best = trial, probabilities
+        if best is None:
+            raise all_failed(trials)
+        rows = np.concatenate([fold.choose for fold in protocol.folds])
+        return Selection(best[0], trials, rows, best[1])
+
+    def once_more(self, candidate: Candidate) -> Tried:
+        """What was tried before, for the probabilities that were not kept."""
+        (tried,) = self._try([candidate])
+        return tried
+
+    def _try(self, candidates: Sequence[Candidate]) -> Iterator[Tried]:
+        """Fit candidates that share their scaling on every fold."""
+        inputs, n_outputs = self.data.inputs, sum(self.sizes)
         matrix = scale(
-            inputs.X, self.codes, protocol,
-            n_classes=n_outputs, scaling=scaling, widths=inputs.widths,
+            inputs.X, self.codes, self.data.protocol,
+            n_classes=n_outputs, scaling=candidates[0].scaling, widths=inputs.widths,
         )  # fmt: skip
         found = multitask_class(self.head).try_settings(
             [self.params(candidate.setting) for candidate in candidates],
@@ -254,23 +282,10 @@ class _MultiTask:
         folds: list[list[FoldResult]] = [[] for _ in candidates]
         for result in found:
             folds[result.setting].append(result)
-        trials, best = [], None
         for candidate, parts in zip(candidates, folds, strict=True):
-            trial, probabilities = self._judge(candidate, parts, matrix)
-            on_trial(trial)
-            trials.append(trial)
-            if probabilities is not None and (
-                best is None or trial.rank(metric) > best[0].rank(metric)
-            ):
-                best = trial, probabilities
-        if best is None:
-            reasons = "\n".join(f"  {t.candidate.describe()}: {t.failure}" for t in trials)
-            raise TlpipeError(f"Every setting of head {self.head!r} failed:\n{reasons}")
-        return Selection(best[0], trials, matrix.rows, best[1])
+            yield self._judge(candidate, parts, matrix)
 
-    def _judge(
-        self, candidate: Candidate, parts: Sequence[FoldResult], matrix: Scaled
-    ) -> tuple[Trial, NDArray[np.float64] | None]:
+    def _judge(self, candidate: Candidate, parts: Sequence[FoldResult], matrix: Scaled) -> Tried:
         """Score one candidate over its folds; pooled probabilities, or None where it failed."""
         seconds = sum(part.seconds for part in parts)
         failure = next((part.failure for part in parts if part.failure), "")
@@ -296,7 +311,7 @@ class _MultiTask:
         """Fit what was chosen on train and, where it was given, val; train alone scales.
 
         Raises:
-            TlpipeError: it cannot be fitted on all of it.
+            RefitError: it cannot be fitted on all of it.
         """
         inputs, protocol = self.data.inputs, self.data.protocol
         scaler = fit_scaler(inputs.X[protocol.train], best.candidate.scaling, inputs.widths)
@@ -304,10 +319,7 @@ class _MultiTask:
         try:
             head.fit(scaler(inputs.X[protocol.refit]), self.codes[protocol.refit])
         except FIT_ERRORS as error:
-            raise TlpipeError(
-                f"Head {self.head!r} with {best.candidate.describe()} could not be fitted on all "
-                f"{len(protocol.refit):,} samples: {error}"
-            ) from error
+            raise RefitError.of(best.candidate, len(protocol.refit), error) from error
         tasks = tuple(column.task for column in self.columns)
         classes = tuple(name for task in tasks for name in task.classes)
         return HeadModel(scaler, head, 1.0, classes, tasks)

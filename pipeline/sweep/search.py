@@ -23,6 +23,10 @@ _TOGETHER = 16
 _KEPT_MATRICES = 2
 
 
+Tried = tuple[Trial, NDArray[np.float64] | None]
+"""A trial, and its probabilities (n_choose, n_classes); None where it failed."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """What a search found.
@@ -107,13 +111,10 @@ class Search:
                 break
         trials = sorted(tried.values(), key=lambda trial: order[trial.candidate.key()])
         if best is None:
-            reasons = "\n".join(f"  {t.candidate.describe()}: {t.failure}" for t in trials)
-            raise TlpipeError(
-                f"Every setting of head {trials[0].candidate.head!r} failed:\n{reasons}"
-            )
+            raise all_failed(trials)
         _, chosen, probabilities = best
         if probabilities is None:  # they went with the process that found it
-            chosen, probabilities = self._once_more(chosen)
+            chosen, trials, probabilities = best_of(trials, self.metric, self._once_more)
         return Selection(
             chosen, trials, rows, probabilities, stopped_early, proposals.has_edges, known_seconds
         )
@@ -132,25 +133,14 @@ class Search:
         Raises:
             TlpipeError: there is no other.
         """
-        useless = selection.best.candidate.key()
-        trials = [
-            replace(trial, failure=failure) if trial.candidate.key() == useless else trial
-            for trial in selection.trials
-        ]
-        left = [trial for trial in trials if not trial.failure and trial.scores]
-        if not left:
-            raise TlpipeError(failure)
-        best, probabilities = self._once_more(max(left, key=lambda t: t.rank(self.metric)))
-        return replace(selection, best=best, trials=trials, probabilities=probabilities)
+        return without_best(selection, failure, self.metric, self._once_more)
 
     def _was_known(self, trial: Trial) -> bool:
         """Whether an earlier process did it."""
         known = self.journal and self.journal.known(self.data.seed, trial.candidate)
         return known is trial
 
-    def _try(
-        self, candidates: Sequence[Candidate]
-    ) -> Iterator[tuple[Trial, NDArray[np.float64] | None]]:
+    def _try(self, candidates: Sequence[Candidate]) -> Iterator[Tried]:
         """Trials with their probabilities; without where one failed or an earlier process did it.
 
         Args:
@@ -171,14 +161,11 @@ class Search:
                     self.journal.add(self.data.seed, trial)
                 yield trial, probabilities
 
-    def _once_more(self, trial: Trial) -> tuple[Trial, NDArray[np.float64]]:
-        """A trial of an earlier process, with its probabilities."""
-        candidate = trial.candidate
+    def _once_more(self, candidate: Candidate) -> Tried:
+        """What was tried before, for the probabilities that were not kept."""
         matrix = self._matrix(_frame(candidate), candidate.head)
-        ((again, probabilities),) = try_candidates([candidate], matrix)
-        if probabilities is None:
-            raise TlpipeError(f"{candidate.describe()} failed the second time: {again.failure}")
-        return again, probabilities
+        (tried,) = try_candidates([candidate], matrix)
+        return tried
 
     def _seeded(self, candidate: Candidate) -> Candidate:
         """With the seed, where the head draws random numbers."""
@@ -199,6 +186,57 @@ class Search:
                 n_classes=len(self.data.known), scaling=scaling, widths=part.widths,
             )  # fmt: skip
         return self._matrices[key]
+
+
+def all_failed(trials: Sequence[Trial]) -> TlpipeError:
+    """What to raise where no setting of a head is left."""
+    reasons = "\n".join(f"  {t.candidate.describe()}: {t.failure}" for t in trials)
+    return TlpipeError(f"Every setting of head {trials[0].candidate.head!r} failed:\n{reasons}")
+
+
+def best_of(
+    trials: Sequence[Trial], metric: str, once_more: Callable[[Candidate], Tried]
+) -> tuple[Trial, list[Trial], NDArray[np.float64]]:
+    """The best trial, all of them, and the best one's probabilities (n_choose, n_classes).
+
+    Args:
+        trials: of one head; of equals the first is the best.
+        metric: what chooses.
+        once_more: tries a candidate again; one that fails then gives way to the next best.
+
+    Raises:
+        TlpipeError: none is left.
+    """
+    trials = list(trials)
+    while left := [trial for trial in trials if not trial.failure and trial.scores]:
+        best = max(left, key=lambda trial: trial.rank(metric))
+        again, probabilities = once_more(best.candidate)
+        trials = [again if trial is best else trial for trial in trials]
+        if probabilities is not None:
+            return again, trials, probabilities
+    raise all_failed(trials)
+
+
+def without_best(
+    selection: Selection, failure: str, metric: str, once_more: Callable[[Candidate], Tried]
+) -> Selection:
+    """The next best of what was tried, where the best cannot be fitted on all samples.
+
+    Args:
+        selection: whose best is of no use.
+        failure: why.
+        metric, once_more: see :func:`best_of`.
+
+    Raises:
+        TlpipeError: there is no other.
+    """
+    useless = selection.best.candidate.key()
+    trials = [
+        replace(trial, failure=failure) if trial.candidate.key() == useless else trial
+        for trial in selection.trials
+    ]
+    best, trials, probabilities = best_of(trials, metric, once_more)
+    return replace(selection, best=best, trials=trials, probabilities=probabilities)
 
 
 def _common(candidates: Sequence[Candidate]) -> Candidate:

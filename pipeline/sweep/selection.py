@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,6 +153,14 @@ def _judge(
 class RefitError(TlpipeError):
     """A setting that could be tried cannot be fitted on all samples."""
 
+    @classmethod
+    def of(cls, candidate: Candidate, n_samples: int, why: object) -> Self:
+        """With what could not be fitted on how many samples, and why."""
+        return cls(
+            f"Head {candidate.head!r} with {candidate.describe()} could not be fitted on all "
+            f"{n_samples:,} samples: {why}"
+        )
+
 
 def refit(
     best: Trial, inputs: HeadInputs, codes: Array, protocol: Protocol, classes: Sequence[str]
@@ -176,8 +184,5 @@ def refit(
     try:
         fit_on(head, scaler(X[protocol.refit]), codes[protocol.refit])
     except FIT_ERRORS as error:
-        raise RefitError(
-            f"Head {candidate.head!r} with {candidate.describe()} could not be fitted on all "
-            f"{len(protocol.refit):,} samples: {error}"
-        ) from error
+        raise RefitError.of(candidate, len(protocol.refit), error) from error
     return HeadModel(scaler, head, best.temperature, tuple(classes))

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.names import counted
-from pipeline.errors import ResourceError, TlpipeError, UsageError
+from pipeline.errors import ResourceError, UsageError
 from pipeline.heads import HEADS, describe_setting, head_class
 from pipeline.heads.base import Head, softmax
 from pipeline.heads.calibration import fit_temperature
+from pipeline.heads.features import InputBlock
 from pipeline.heads.model import HeadModel
 from pipeline.heads.scaling import Scaler
 from pipeline.heads.streaming.fit import STREAMED, Fitted, MemoryPlan, StreamedFit, can_stream
@@ -30,7 +31,8 @@ from pipeline.runs.predictions import Predictions
 from pipeline.sweep.grids import Setting
 from pipeline.sweep.head_run import Clock, HeadRun, fit_notes, view_notes
 from pipeline.sweep.prepare import Prepared
-from pipeline.sweep.search import Selection
+from pipeline.sweep.search import Selection, all_failed
+from pipeline.sweep.selection import RefitError
 from pipeline.sweep.trials import Candidate, Trial
 
 Array = NDArray[Any]
@@ -52,13 +54,23 @@ def must_stream(
     data: Prepared, head: str, settings: Sequence[Setting], memory_limit: float
 ) -> bool:
     """Whether a fit with all features in memory could exceed the limit, in bytes."""
-    return _in_memory_bytes(data, head, settings) > memory_limit
+    return in_memory_bytes(data, head, settings) > memory_limit
 
 
-def _in_memory_bytes(data: Prepared, head: str, settings: Sequence[Setting]) -> float:
-    """The most that this process could hold in a fit with all features in memory."""
-    protocol = data.protocol
-    n_samples, n_features = data.inputs.features.shape
+def in_memory_bytes(
+    data: Prepared, head: str, settings: Sequence[Setting], n_outputs: int | None = None
+) -> float:
+    """The most that this process could hold in a fit with all features in memory.
+
+    Args:
+        data: samples and protocol.
+        head: a key of ``pipeline.heads.HEADS``.
+        settings: to try.
+        n_outputs: of a head that learns several label columns, which is fitted on the plain view
+            alone; None for one column.
+    """
+    protocol, features = data.protocol, data.inputs.features
+    n_samples, n_features = features.shape
     counts = np.sort(np.bincount(data.codes[protocol.refit]))
     size = FitSize(
         n_samples,
@@ -66,10 +78,11 @@ def _in_memory_bytes(data: Prepared, head: str, settings: Sequence[Setting]) -> 
         sum(len(fold.choose) for fold in protocol.folds),
         len(protocol.test),
         n_features,
-        len(data.known) + len(data.unseen),
+        n_outputs or len(data.known) + len(data.unseen),
         len(protocol.folds),
         min((len(fold.fit) for fold in protocol.folds), default=len(protocol.refit)),
         int(counts[-2:].sum()),
+        features.n_views if HEADS[head].views and n_outputs is None else 1,
     )
     tried = settings if protocol.folds else settings[:1]
     return resident_bytes() + _LIBRARY_BYTES + held_bytes(head, tried, size)
@@ -113,16 +126,12 @@ def fit_streamed(
     """
     usable = [setting for setting in settings if can_stream(head, setting)]
     if not usable:
-        needed = _in_memory_bytes(data, head, settings)
+        needed = in_memory_bytes(data, head, settings)
         raise UsageError(_cannot(head, settings, needed, memory_limit))
     fit = _Streamed.of(data, head, scaling, usable, metric, memory_limit)
     trials = fit.choose(on_trial)
-    best = max((t for t in trials if not t.failure), key=lambda t: fit.rank(t), default=None)
-    if best is None:
-        reasons = "\n".join(f"  {t.candidate.describe()}: {t.failure}" for t in trials)
-        raise TlpipeError(f"Every setting of head {head!r} failed:\n{reasons}")
     clock.lap("select")
-    model = fit.refit(best)
+    best, trials, model = fit.refit_best(trials)
     clock.lap("fit")
     run = fit.finish(best, trials, model, clock)
     left_out = len(settings) - len(usable)
@@ -134,7 +143,7 @@ def fit_streamed(
     if head == "knn":
         notes.append(
             "The model holds the places of its training samples, not a copy of them: predict reads "
-            f"them from {', '.join(block.store for block in data.inputs.blocks)}, so keep it there."
+            f"them from {', '.join(block.store for block in run.inputs)}, so keep it there."
         )
     if left_out:
         notes.append(
@@ -148,7 +157,7 @@ def _cannot(
     head: str, settings: Sequence[Setting], needed_bytes: float, memory_limit: float
 ) -> str:
     """Why a head is not streamed, and what to do instead."""
-    limit = _option(needed_bytes)
+    limit = memory_option(needed_bytes)
     what = f"Head {head!r}"
     if head in STREAMED:
         what += f" with {describe_setting(settings[0])}"
@@ -160,7 +169,7 @@ def _cannot(
     )
 
 
-def _option(needed_bytes: float) -> str:
+def memory_option(needed_bytes: float) -> str:
     """The option that is enough the next time, when a little more may be held at the start."""
     return f"--memory-limit {math.ceil((needed_bytes + 2e7) / 1e7) / 100:.2f}GB"
 
@@ -223,11 +232,11 @@ class _Streamed:
         )  # fmt: skip
         if plan.needed_bytes > room - logits_bytes:
             streamed_bytes = held + plan.needed_bytes / (1 - _LOGITS_SHARE)
-            needed = min(streamed_bytes, _in_memory_bytes(data, head, settings))
+            needed = min(streamed_bytes, in_memory_bytes(data, head, settings))
             raise ResourceError(
                 f"--memory-limit {memory_limit / 1e9:.2f} GB leaves too little room: Python, its "
                 f"libraries and the table of samples take {held / 1e9:.2f} GB.\n"
-                f"  This fit needs about {needed / 1e9:.2f} GB:  {_option(needed)}"
+                f"  This fit needs about {needed / 1e9:.2f} GB:  {memory_option(needed)}"
             )
         streamed = StreamedFit(head, features, parts, scaling, data.inputs.widths, seeded, plan)
         first = _train_parts(data, parts) if len(data.protocol.folds) != 1 else [0]
@@ -327,21 +336,44 @@ class _Streamed:
                 tables[i][:, heads[i].classes_] = own
             yield samples[rows], tables
 
+    def refit_best(self, trials: list[Trial]) -> tuple[Trial, list[Trial], HeadModel]:
+        """Fit the best setting that can be fitted on train and val; the failures are noted.
+
+        Raises:
+            TlpipeError: there is none.
+        """
+        while left := [trial for trial in trials if not trial.failure]:
+            best = max(left, key=self.rank)
+            try:
+                return best, trials, self.refit(best)
+            except RefitError as error:
+                failed = replace(best, failure=str(error))
+                trials = [failed if trial is best else trial for trial in trials]
+        raise all_failed(trials)
+
     def refit(self, best: Trial) -> HeadModel:
-        """Fit the chosen setting on train and val; train alone scales."""
+        """Fit the chosen setting on train and val; train alone scales.
+
+        Raises:
+            RefitError: it cannot be fitted on all of it.
+        """
         scaler = self.streamed.scaler(_train_parts(self.data, self.streamed.parts))
         i = self.settings.index(best.setting)
         near = next(iter(self.fitted.get(i, {}).values()), None)
-        self.fitted.clear()
         start = None if near is None else (near.head, self.first_scaler)
         (found,) = self.streamed.fit([i], [0], scaler, start)
-        self.streamed.moments.grams.clear()  # scores need the room
         if found.head is None:
-            raise TlpipeError(
-                f"Head {self.head!r} with {best.candidate.describe()} could not be fitted on all "
-                f"{len(self.data.protocol.refit):,} samples: {found.failure}"
-            )
+            raise RefitError.of(best.candidate, len(self.data.protocol.refit), found.failure)
+        self.fitted.clear()  # scores need the room
+        self.streamed.moments.grams.clear()
         return HeadModel(scaler, found.head, best.temperature, self.data.known)
+
+    def _blocks(self) -> tuple[InputBlock, ...]:
+        """The inputs; where the model reads its stores, they are found from everywhere."""
+        blocks = self.data.inputs.blocks
+        if self.head != "knn":
+            return blocks
+        return tuple(replace(block, store=str(Path(block.store).resolve())) for block in blocks)
 
     def finish(self, best: Trial, trials: list[Trial], model: HeadModel, clock: Clock) -> HeadRun:
         """Score test once, and put everything together."""
@@ -373,7 +405,7 @@ class _Streamed:
         return HeadRun(
             head=self.head,
             model=model,
-            inputs=inputs.blocks,
+            inputs=self._blocks(),
             label=inputs.label_column,
             seed=data.seed,
             best=best,

@@ -251,11 +251,12 @@ class _Runner:
             now = time.monotonic()
             deadline = now + max(self.ends - now, 0.0) / n_left
         search = Search(data, self.plan.metric, deadline, self.journal, self.on_trial)
-        selection = search.run(self.plan.proposals(head, self.sets, seed))
-        clock.lap("select")
-        clock.laps["select"] += selection.known_seconds
-        run = finish_run(search, selection, metric=self.plan.metric, seconds=clock.laps)
-        if self.plan.memory_limit is not None:
-            for name in ("X", "X_views"):  # the next head may need the room
-                vars(data.inputs).pop(name, None)
-        return run
+        try:
+            selection = search.run(self.plan.proposals(head, self.sets, seed))
+            clock.lap("select")
+            clock.laps["select"] += selection.known_seconds
+            return finish_run(search, selection, metric=self.plan.metric, seconds=clock.laps)
+        finally:
+            if self.plan.memory_limit is not None:
+                for name in ("X", "X_views"):  # the next head may need the room
+                    vars(data.inputs).pop(name, None)

@@ -201,6 +201,7 @@ def test_it_can_be_cloned_and_is_deterministic():
         ([3, 2], [[0.5, 1.0]], "y is float64"),
         ([3, 2], [[3, 1]], "expected class indices from -1 to 2"),
         ([3, 2], [[0, -2]], "expected class indices from -1 to 1"),
+        ([3, 2], [[-1, -1]], "y has no label in any column"),
     ],
 )
 def test_what_does_not_fit_is_refused(sizes, codes, message):
@@ -208,6 +209,17 @@ def test_what_does_not_fit_is_refused(sizes, codes, message):
 
     with pytest.raises(ValueError, match=message):
         MultiTaskMLP(sizes).fit(X, np.repeat(codes, 4, axis=0))
+
+
+def test_a_column_without_labels_is_not_scored():
+    X, Y, truth = made()
+    head = MultiTaskMLP([np.int64(3), 2], **QUICK).fit(X, Y)
+    Y[:, 1] = NO_LABEL
+
+    assert head.score(X, Y) == np.mean(head.predict(X)[:, 0] == truth[:, 0])
+    Y[:, 0] = NO_LABEL
+    with pytest.raises(ValueError, match="no label with a weight in any column"):
+        head.score(X, Y)
 
 
 def test_an_unknown_weighting_is_refused():

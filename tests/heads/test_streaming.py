@@ -461,5 +461,11 @@ def test_settings_that_share_a_kernel_take_one():
     assert held_bytes("svm", [one, wide], SIZE) > alone + kernel
 
 
+def test_views_are_held_as_often_as_they_are_read_and_scaled():
+    several = held_bytes("mlp", [{}], replace(SIZE, n_views=8)) - held_bytes("mlp", [{}], SIZE)
+
+    assert several == 4.0 * 64 * (8 * 5000 + 2 * 7 * 4000)
+
+
 def test_refused_setting_takes_nothing():
     assert held_bytes("svm", [{"C": -1.0}], SIZE) < held_bytes("svm", [{"C": 1.0}], SIZE)

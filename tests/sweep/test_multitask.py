@@ -6,7 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.errors import StoreError, TooFewSamplesError, UnknownNameError, UsageError
+from pipeline.errors import (
+    StoreError,
+    TlpipeError,
+    TooFewSamplesError,
+    UnknownNameError,
+    UsageError,
+)
+from pipeline.heads import HEADS
+from pipeline.heads.multitask import MultiTaskMLP
 from pipeline.runs.bundle import load_bundle
 from pipeline.runs.comparison import read_contenders
 from pipeline.runs.tasks import MEAN_NOTE
@@ -222,12 +230,55 @@ def test_nothing_to_score_is_said(tmp_path):
         ({"scaling": "min"}, UnknownNameError, "scaling 'min'"),
         ({"metric": "f1"}, UnknownNameError, "metric to choose by 'f1'"),
         ({"settings": [{"class_weight": "balanced"}]}, UnknownNameError, "with several labels"),
-        ({"memory_limit": 1e6}, UsageError, "learned in memory, which could exceed 0.00 GB"),
+        ({"memory_limit": 1e6}, UsageError, r"GB, and --memory-limit is 0\.00 GB\.\n  Take  --m"),
     ],
 )
 def test_what_cannot_be_done_is_refused(store, options, error, message):
     with pytest.raises(error, match=message):
         fit(store, **options)
+
+
+def test_fewer_layers_are_advised_where_there_are_several(tmp_path):
+    X, splits = points(columns_of()), splits_of(100, 0, 50)
+    one, two = (
+        make_store(tmp_path / f"{len(layers)}", layers, columns_of(), splits)
+        for layers in ({"low": X}, {"low": X, "high": X})
+    )
+
+    with pytest.raises(UsageError, match=r"GB,  or fewer images"):
+        fit(one, memory_limit=1e6)
+    with pytest.raises(UsageError, match=r"GB, fewer layers \(--layers\),  or fewer images"):
+        fit(two, memory_limit=1e6)
+
+
+def test_scaling_auto_tries_those_that_suit_the_head(store):
+    run = fit(store, scaling="auto")
+
+    assert [trial.candidate.scaling for trial in run.trials] == list(HEADS["mlp"].scalings)
+    assert run.model.scaler.kind == run.best.candidate.scaling
+
+
+def test_where_the_best_cannot_be_fitted_on_all_samples_the_next_best_is_taken(store, monkeypatch):
+    settings = [ONE[0] | {"lr": lr} for lr in (1e-5, 1e-2, 1e-4)]
+    undisturbed = fit(store, settings=settings, metric="nll")
+    learn, too_large = MultiTaskMLP.fit, {1e-2}
+
+    def failing(self, X, y, sample_weight=None):
+        if self.lr in too_large:
+            raise ArithmeticError("not finite")
+        return learn(self, X, y, sample_weight)
+
+    monkeypatch.setattr(MultiTaskMLP, "fit", failing)
+    run = fit(store, settings=settings, metric="nll")
+
+    assert undisturbed.best.setting["lr"] == 1e-2
+    assert run.best.setting["lr"] == 1e-4
+    assert run.scores["val"]["nll"].value == pytest.approx(undisturbed.trials[2].scores["nll"])
+    assert any("be fitted on all 100 samples: not finite" in note for note in run.notes)
+
+    too_large |= {1e-5, 1e-4}
+    with pytest.raises(TlpipeError, match=r"'mlp' failed:\n(.*on all 100 samples(.|\n)*){3}"):
+        fit(store, settings=settings)
 
 
 def test_columns_must_be_there_and_differ(store):

@@ -1,6 +1,7 @@
 """Fitting within a memory limit: the same protocol and result, by passes over the store."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 
 from pipeline.commands.sweep_options import parse_size
-from pipeline.errors import MismatchError, ResourceError, StoreError, UsageError
+from pipeline.errors import MismatchError, ResourceError, StoreError, TlpipeError, UsageError
+from pipeline.heads.streaming.ridge import solve_ridge
 from pipeline.runs.bundle import load_bundle
 from pipeline.sweep import fit, stream
 from pipeline.sweep.fit import fit_head
+from pipeline.sweep.prepare import plan
 from pipeline.sweep.space import parse_param
 from pipeline.sweep.stream import resident_bytes
 from pipeline.sweep.sweep import Plan, sweep
@@ -159,15 +162,53 @@ def test_one_sample_a_class_and_classes_of_test_alone(tmp_path, tiny_memory):
     assert run.metrics["top1"].value == pytest.approx(0.75)
 
 
-@pytest.mark.parametrize("head", ["logreg", "ridge"])
-def test_classes_of_test_alone_count_as_errors(tmp_path, tiny_memory, head):
+@pytest.mark.parametrize(
+    ("head", "settings"),
+    [
+        ("logreg", None),
+        ("ridge", None),
+        ("svm", LINEAR),
+        ("prototype", None),
+        ("knn", None),
+        ("linear", [{"lr": 0.05, "epochs": 20}]),
+    ],
+)
+def test_classes_of_test_alone_count_as_errors(tmp_path, tiny_memory, head, settings):
     labels = [*cycle("ab", 60), *cycle("abz", 30)]
     features = {"penultimate": blobs(labels, noise=0.1)}
     made = make_store(tmp_path / "s", features, {"label": labels}, splits_of(60, 0, 30))
 
-    run = fit_head(made, head=head, memory_limit=LIMIT)
+    run = fit_head(made, head=head, settings=settings, memory_limit=LIMIT)
 
     assert run.metrics["top1"].value == pytest.approx(20 / 30)
+
+
+def test_where_the_best_cannot_be_fitted_on_all_samples_the_next_best_is_taken(
+    tmp_path, tiny_memory, monkeypatch
+):
+    made = store_of(tmp_path / "s", 240, 90, 90)
+    settings = [{"alpha": alpha} for alpha in (1.0, 1e6, 10.0)]
+    undisturbed = fit_head(made, head="ridge", settings=settings, memory_limit=LIMIT)
+    best = undisturbed.best.setting["alpha"]
+    too_large = {best}
+
+    def solve(moments, grams, weights, scaler, alphas):
+        if weights.all() and too_large & set(alphas):
+            raise MemoryError("too large")
+        return solve_ridge(moments, grams, weights, scaler, alphas)
+
+    monkeypatch.setattr("pipeline.heads.streaming.fit.solve_ridge", solve)
+    run = fit_head(made, head="ridge", settings=settings, memory_limit=LIMIT)
+
+    others = [t for t in undisturbed.trials if t.setting["alpha"] != best]
+    second = max(others, key=lambda trial: trial.rank("top1"))
+    assert run.best.setting == second.setting
+    assert run.scores["val"]["top1"].value == second.top1
+    assert any("be fitted on all 330 samples: MemoryError" in note for note in run.notes)
+
+    too_large |= {1.0, 1e6, 10.0}
+    with pytest.raises(TlpipeError, match=r"'ridge' failed:\n(.*on all 330 samples(.|\n)*){3}"):
+        fit_head(made, head="ridge", settings=settings, memory_limit=LIMIT)
 
 
 def test_class_of_val_alone_is_learned_in_the_end(tmp_path, tiny_memory):
@@ -259,18 +300,29 @@ def test_knn_run_holds_places_and_predicts_from_the_store(run_of_places):
     bundle = load_bundle(folder)
 
     assert "The model holds the places of its training samples" in run.notes[1]
-    assert "them from s, so keep it there" in run.notes[1]
+    assert f"them from {Path('s').resolve()}, so keep it there" in run.notes[1]
     assert not any(array.shape == (330, 8) for array in run.model.to_arrays().values())
     found = bundle.predict_proba([X])[-90:].max(axis=1)
     np.testing.assert_allclose(found, run.predictions.probability, atol=1e-6)
     assert bundle.model.head.n_trained() == 0
 
 
+def test_knn_run_is_read_from_any_folder(run_of_places, tmp_path, monkeypatch):
+    run, folder, _ = run_of_places
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    bundle = load_bundle(".." / folder)
+
+    assert bundle.model.head.samples_.shape == (330, 8)
+    assert run.to_dict()["stores"] == [str(tmp_path.resolve() / "s")]
+
+
 def test_knn_run_without_its_store_says_so(run_of_places):
     _, folder, made = run_of_places
     made.path.rename("elsewhere")
 
-    with pytest.raises(StoreError, match=r"which it reads from the store s:(.|\n)*Put the store b"):
+    with pytest.raises(StoreError, match=r"reads from the store .*/s:(.|\n)*Put the store back"):
         load_bundle(folder)
 
 
@@ -316,6 +368,25 @@ def test_knn_over_two_stores_comes_back(tmp_path, tiny_memory):
     np.testing.assert_allclose(
         bundle.predict_proba([X[:, :8], X[:, 8:]]), held.model.predict_proba(X), atol=1e-5
     )
+
+
+def test_knn_over_two_stores_refuses_when_the_second_has_other_samples(tmp_path, tiny_memory):
+    first, labels = store_of(tmp_path / "s", 240, 90, 90), cycle("abc", 427)
+    features, ids = blobs(labels, n_features=4), [f"000_{i}.png" for i in range(7)] + first.ids()
+
+    def second(start):
+        return make_store(
+            tmp_path / "o", {"penultimate": features[start:]}, {"label": labels[start:]},
+            [""] * (427 - start), ids=ids[start:], backbone="other",
+        )  # fmt: skip
+
+    run = fit_head([first, second(7)], head="knn", memory_limit=LIMIT)
+    folder = run.save(tmp_path / "runs")
+    shutil.rmtree(tmp_path / "o")
+    second(0)
+
+    with pytest.raises(MismatchError, match=r"store .*/o, but samples were added or removed there"):
+        load_bundle(folder)
 
 
 def test_limit_that_leaves_no_room_says_what_is_needed(tmp_path, tiny_memory):
@@ -409,6 +480,22 @@ def test_sweep_within_a_limit_is_the_one_in_memory(tmp_path, tiny_memory, monkey
     assert limited.recommended()[0].run.head == held.recommended()[0].run.head
     bundle = load_bundle(limited.save(tmp_path))
     assert bundle.classes == ("a", "b", "c")
+
+
+def test_head_that_fails_within_a_limit_lets_go_of_the_features(tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr(
+        "pipeline.sweep.sweep.plan_data",
+        lambda *args, **options: planned.append(plan(*args, **options)) or planned[-1],
+    )
+    made = store_of(tmp_path / "s", 240, 0, 90)
+    diverging = ("mlp.lr=1e30", "mlp.epochs=2", "mlp.hidden=4", "mlp.dropout=0")
+    given = tuple(parse_param(text) for text in diverging)
+
+    run = sweep(made, Plan(("ridge", "mlp"), params=given, memory_limit=1e11), out=tmp_path)
+
+    assert "Every setting of head 'mlp' failed" in run.failures["mlp"]
+    assert not {"X", "X_views"} & set(vars(planned[0].inputs))
 
 
 def test_sweep_within_a_limit_that_cannot_be_shared_is_refused(tmp_path, tiny_memory, monkeypatch):

@@ -3,22 +3,25 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from pipeline.errors import DataError, UnknownNameError, UsageError
+from pipeline.errors import DataError, TlpipeError, UnknownNameError, UsageError
 from pipeline.heads import HEADS
 from pipeline.heads.ridge import RidgeHead
-from pipeline.report.heads import heads_page
+from pipeline.report.heads import heads_page, table_of
 from pipeline.runs.bundle import load_bundle
 from pipeline.runs.folder import read_run
 from pipeline.sweep.fit import fit_head
 from pipeline.sweep.journal import Journal
 from pipeline.sweep.prepare import prepare
 from pipeline.sweep.proposals import Grid
+from pipeline.sweep.search import best_of
 from pipeline.sweep.space import parse_param
 from pipeline.sweep.sweep import Plan, sweep
+from pipeline.sweep.trials import Candidate, Trial
 from tests.heads.toy_stores import blobs, cycle, make_store, splits_of
 
 FAST = ("logreg", "ridge", "knn", "prototype")
@@ -184,6 +187,33 @@ def test_one_failing_setting_and_one_failing_head_take_no_other_with_them(store,
     assert [result.run.head for result in run.results] == ["logreg"]
     assert "Every setting of head 'mlp' failed" in run.failures["mlp"]
     assert [bool(trial.failure) for _, trial in run.results[0].trials] == [True, False]
+    columns, rows = table_of(run.to_dict())
+    assert [(row[0], row[columns.index("best setting")]) for row in rows] == [
+        ("logreg", "C=1"),
+        ("mlp", "failed"),
+    ]
+    assert "<td>mlp</td>" in heads_page(run.to_dict())
+
+
+def test_what_fails_when_it_is_tried_again_gives_way_to_the_next_best():
+    trials = [
+        Trial(Candidate("knn", ("a",), "l2", {"k": k}), 0.0, {"top1": top1, "nll": 1.0})
+        for k, top1 in ((1, 0.7), (2, 0.9), (3, 0.8))
+    ]
+
+    def once_more(candidate, useless=(2,)):
+        trial = trials[candidate.setting["k"] - 1]
+        if candidate.setting["k"] in useless:
+            return replace(trial, failure="too large"), None
+        return trial, np.eye(3)
+
+    best, told, probabilities = best_of(trials, "top1", once_more)
+
+    assert best is told[2] is trials[2]
+    assert [trial.failure for trial in told] == ["", "too large", ""]
+    np.testing.assert_array_equal(probabilities, np.eye(3))
+    with pytest.raises(TlpipeError, match=r"'knn' failed:\n  k=1: too large\n  k=2: too"):
+        best_of(trials, "top1", lambda candidate: once_more(candidate, (1, 2, 3)))
 
 
 def test_parameters_that_cannot_be_are_refused_before_anything_is_read():

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
+from pipeline.errors import ResourceError
 from pipeline.heads.linear import LinearHead
 from pipeline.heads.scaling import fit_scaler
 from pipeline.sweep.fit import fit_head
+from pipeline.sweep.prepare import plan
+from pipeline.sweep.stream import in_memory_bytes
 from pipeline.sweep.sweep import Plan, sweep
 from tests.heads.toy_stores import make_store
 
@@ -79,6 +82,41 @@ def test_a_sweep_with_views_scores_as_one_fit_does(stores):
     found = sweep(stores[0], Plan(("mlp",), grid="quick"))
 
     assert found.results[0].run.metrics_dict() == alone.metrics_dict()
+
+
+def test_views_count_in_what_a_fit_takes(stores, monkeypatch):
+    monkeypatch.setattr("pipeline.sweep.stream.resident_bytes", lambda: 0.0)
+    several, plain = (plan(store) for store in stores)
+    one = 4.0 * 6  # bytes of a view
+
+    def more(head, n_outputs=None):
+        return np.diff(
+            [in_memory_bytes(data, head, [{}], n_outputs) for data in (plain, several)]
+        ).item()
+
+    # Read beside the plain one; of train and val, raw and scaled.
+    assert more("mlp") == more("linear") == one * (240 * N_VIEWS + 2 * 200 * (N_VIEWS - 1))
+    assert more("logreg") == more("mlp", n_outputs=5) == 0
+
+
+def test_views_that_do_not_fit_into_memory_are_refused(stores, monkeypatch):
+    monkeypatch.setattr("pipeline.heads.features.available_bytes", lambda: 4.0 * 240 * 6 * 2)
+
+    assert fit_head(stores[0]).metrics
+    with pytest.raises(ResourceError, match="240 samples of 3 views of 6 features need"):
+        fit_head(stores[0], head="linear", settings=settings())
+
+
+def test_views_that_not_all_stores_have_are_left_out_and_it_is_said(toys, stores, tmp_path):
+    views, y, splits = toys
+    labels = {"label": [f"class {k}" for k in y]}
+    other = make_store(
+        tmp_path / "o", {"penultimate": views[:, 1]}, labels, splits, backbone="other"
+    )
+
+    run = fit_head([stores[0], other], head="linear", settings=settings())
+
+    assert "Learned from the plain view alone: the stores hold 3 and 1 views a sample." in run.notes
 
 
 def test_l2_gives_every_view_length_one(stores):

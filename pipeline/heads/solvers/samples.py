@@ -15,6 +15,8 @@ from pipeline.heads.tasks import NO_LABEL
 
 Array = NDArray[Any]
 
+_CHECKED_ROWS = 1024
+
 
 @dataclass
 class Samples:
@@ -124,9 +126,10 @@ def check_finite(name: str, x: Tensor) -> None:
     Raises:
         ValueError: how many rows have one, and the first of them.
     """
-    # A sum is finite only if all its terms are; it needs no table of the size of x.
-    sums = x.flatten(1).sum(dim=1, dtype=torch.float64)
-    bad = (~torch.isfinite(sums)).nonzero().flatten()
+    # A sum is finite only if all its terms are. In float64 torch copies what it sums.
+    blocks = (x[start : start + _CHECKED_ROWS] for start in range(0, len(x), _CHECKED_ROWS))
+    sums = [block.flatten(1).sum(dim=1, dtype=torch.float64) for block in blocks]
+    bad = (~torch.isfinite(torch.cat(sums))).nonzero().flatten()
     if len(bad):
         raise ValueError(
             f"{len(bad):,} of {len(x):,} rows of {name} hold NaN or infinity (the first is row "

@@ -363,8 +363,7 @@ class StreamedFit:
         scaler: Scaler,
     ) -> None:
         """All epochs. Where a block holds all rows, the batches are those of a fit in memory."""
-        by_sample = weights[self.parts.numbers, self.parts.codes]
-        by_sample[self.parts.numbers < 0] = 0.0
+        by_sample = self.parts.by_sample(weights)
         wanted = by_sample > 0
         by_sample /= by_sample[wanted].mean()
         n_batches = math.ceil(wanted.sum() / training.batch_size)
@@ -390,8 +389,7 @@ class StreamedFit:
         for part in dict.fromkeys(part for _, part in jobs):
             chosen = [i for i, own in jobs if own == part]
             weights = self.parts.weights(part, None)
-            seen = (self.parts.numbers >= 0) & (weights[self.parts.numbers, self.parts.codes] > 0)
-            samples = np.flatnonzero(seen)
+            samples = np.flatnonzero(self.parts.by_sample(weights))
             stored = StoredSamples(self.rows, samples, scaler, self._mean(weights, scaler))
             made = StoredKNNHead.over(
                 [heads[i] for i in chosen], stored, self.parts.codes[samples],

@@ -46,6 +46,7 @@ class FitSize:
         n_folds: of the selection.
         n_fold: samples that the smallest fold fits on; ``n_fitted`` without folds.
         n_pair: samples of the two largest classes.
+        n_views: of each sample that is learned from; the plain one is also held alone.
     """
 
     n_samples: int
@@ -57,11 +58,18 @@ class FitSize:
     n_folds: int
     n_fold: int
     n_pair: int
+    n_views: int = 1
+
+    @property
+    def raw_bytes(self) -> float:
+        """All samples as they were read, in float32."""
+        held = self.n_views + (self.n_views > 1)
+        return 4.0 * self.n_samples * held * self.n_features
 
     @property
     def matrix_bytes(self) -> float:
         """One copy in float32 of the samples that are fitted on."""
-        return 4.0 * self.n_fitted * self.n_features
+        return 4.0 * self.n_fitted * self.n_views * self.n_features
 
     @property
     def scaler_bytes(self) -> float:
@@ -78,7 +86,6 @@ def held_bytes(name: str, settings: Sequence[Setting], size: FitSize) -> float:
         size: of the data.
     """
     heads = [head for head in (_made(name, setting) for setting in settings) if head is not None]
-    raw = 4.0 * size.n_samples * size.n_features
     table = 8.0 * size.n_classes
     # Each setting's scores of every fold, and the probabilities of two of them.
     scores = table * size.n_chosen * (len(heads) * (size.n_folds > 1) + 6)
@@ -86,7 +93,7 @@ def held_bytes(name: str, settings: Sequence[Setting], size: FitSize) -> float:
     solving = max(solving, size.scaler_bytes)
     scoring = size.n_test * (8.0 * size.n_features + 6 * table)
     scoring += _SCORING.get(name, _nothing)(heads, size)
-    return raw + scores + max(size.matrix_bytes + solving, scoring)
+    return size.raw_bytes + scores + max(size.matrix_bytes + solving, scoring)
 
 
 def _made(name: str, setting: Setting) -> Any:

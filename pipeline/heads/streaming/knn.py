@@ -61,9 +61,9 @@ class StoredSamples:
         """(n_stores, n_samples), rows of the stores."""
         return np.stack([rows[self.samples] for rows in self.rows.features.rows]).astype(np.int64)
 
-    def digest(self) -> NDArray[np.uint8]:
-        """(32,), sha256 over the images of the samples."""
-        table, rows = self.rows.features.stores[0].table, self.rows.features.rows[0]
+    def digest(self, store: int = 0) -> NDArray[np.uint8]:
+        """(32,), sha256 over the images of the samples; the same in every store."""
+        table, rows = self.rows.features.stores[store].table, self.rows.features.rows[store]
         digests = table.digests[table.ready[rows[self.samples]]]
         return np.frombuffer(hashlib.sha256(digests.tobytes()).digest(), np.uint8)
 
@@ -158,19 +158,16 @@ def reopen(model: HeadModel, inputs: Sequence[InputBlock]) -> None:
             f"integers of {len(stores)}."
         )
     rows = tuple(own.astype(np.intp) for own in head.rows_)
-    fitting = all(
-        own.min() >= 0 and own.max() < len(store) for own, store in zip(rows, stores, strict=True)
+    changed = "but samples were added or removed there since.\n  Fit the head again."
+    for block, own, store in zip(inputs, rows, stores, strict=True):
+        if own.min() < 0 or own.max() >= len(store):
+            raise MismatchError(f"{what} {block.store}, {changed}")
+    layers = tuple(block.layers for block in inputs)
+    stored = StoredRows(StoredFeatures(tuple(stores), layers, rows), _BLOCK_ROWS)
+    samples = StoredSamples(
+        stored, np.arange(len(rows[0])), model.scaler, head.mean_.astype(np.float32)
     )
-    samples = None
-    if fitting:
-        layers = tuple(block.layers for block in inputs)
-        stored = StoredRows(StoredFeatures(tuple(stores), layers, rows), _BLOCK_ROWS)
-        samples = StoredSamples(
-            stored, np.arange(len(rows[0])), model.scaler, head.mean_.astype(np.float32)
-        )
-    if samples is None or not np.array_equal(samples.digest(), head.digest_):
-        raise MismatchError(
-            f"{what} {inputs[0].store}, but samples were added or removed there since.\n"
-            "  Fit the head again."
-        )
+    for place, block in enumerate(inputs):
+        if not np.array_equal(samples.digest(place), head.digest_):
+            raise MismatchError(f"{what} {block.store}, {changed}")
     head.samples_ = samples

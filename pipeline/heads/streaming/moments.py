@@ -56,6 +56,16 @@ class Parts:
             weights[left_out] = 0
         return weights
 
+    def by_sample(self, weights: Floats) -> Floats:
+        """Weight (n_samples,) of each sample; 0 for those of no part, whose class may be unknown.
+
+        Args:
+            weights: (n_parts, n_classes).
+        """
+        found, used = np.zeros(len(self.codes)), self.numbers >= 0
+        found[used] = weights[self.numbers[used], self.codes[used]]
+        return found
+
 
 @dataclass(frozen=True)
 class Moments:
