@@ -129,7 +129,9 @@ def command(
         "metric": metric,
         "seed": seed,
         "memory_limit": parse_size(memory_limit),
-        "on_trial": lambda trial: tell_trial(console, trial, metric),
+        "on_trial": lambda trial: tell_trial(
+            console, trial, metric, with_scaling=scaling == "auto"
+        ),
     }
     run: HeadRun | MultiTaskRun
     if len(labels) > 1:
@@ -151,7 +153,7 @@ def command(
 
 
 def _print_run(console: Console, run: HeadRun | MultiTaskRun) -> None:
-    from pipeline.heads import describe_setting
+    from pipeline.sweep.trials import described
 
     for note in run.notes:
         console.note(printable(note))
@@ -166,7 +168,7 @@ def _print_run(console: Console, run: HeadRun | MultiTaskRun) -> None:
         console.table(["scored on", *(_METRICS[name] for name in shown)], rows)
     n_failed = sum(bool(trial.failure) for trial in run.trials)
     console.result(
-        f"{run.head}, {describe_setting(run.best.setting)}, chosen by {run.chosen_by} among "
+        f"{run.head}, {described(run.best.candidate, run.trials)}, chosen by {run.chosen_by} among "
         f"{len(run.trials)}" + (f" ({n_failed} failed)" if n_failed else "")
     )
     console.result(

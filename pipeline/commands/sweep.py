@@ -94,6 +94,7 @@ def run_plan(
     from pipeline.report.heads import heads_page
     from pipeline.sweep.space import parse_param
     from pipeline.sweep.sweep import Plan, sweep
+    from pipeline.sweep.trials import described
 
     plan = Plan(
         heads=tuple(dict.fromkeys(split_commas(heads))),
@@ -114,8 +115,8 @@ def run_plan(
         found = f"top-1 {head.metrics['top1']} on {head.scored_on}" if head.metrics else "fitted"
         console.note(
             printable(
-                f"{head.head}: {head.best.candidate.describe()} of {len(head.trials)}; {found}, "
-                f"{format_seconds(head.seconds['total'])}"
+                f"{head.head}: {described(head.best.candidate, head.trials)} "
+                f"of {len(head.trials)}; {found}, {format_seconds(head.seconds['total'])}"
             )
         )
 

@@ -186,13 +186,20 @@ def split_commas(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
-def tell_trial(console: Console, trial: Trial, metric: str, *, with_head: bool = False) -> None:
-    """A line about one trial, on stderr."""
+def tell_trial(
+    console: Console,
+    trial: Trial,
+    metric: str,
+    *,
+    with_head: bool = False,
+    with_scaling: bool = False,
+) -> None:
+    """A line about one trial, on stderr; with its head also with layers and scaling."""
     found = (
         f"failed: {trial.failure}"
         if trial.failure
         else f"{metric.replace('top1', 'top-1')} {trial.scores[metric]:.3f}"
     )
-    what = trial.candidate.describe(with_layers=with_head, with_scaling=with_head)
+    what = trial.candidate.describe(with_layers=with_head, with_scaling=with_head or with_scaling)
     head = f"{trial.candidate.head}, " if with_head else ""
     console.note(printable(f"  {head}{what}: {found}, {format_seconds(trial.seconds)}"))

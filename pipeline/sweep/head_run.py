@@ -33,7 +33,7 @@ from pipeline.sweep.grids import edge_note
 from pipeline.sweep.prepare import Prepared
 from pipeline.sweep.search import Search, Selection, take_layers
 from pipeline.sweep.selection import RefitError, refit
-from pipeline.sweep.trials import Trial
+from pipeline.sweep.trials import Trial, described
 
 _MAX_CLASSES_WITH_CONFUSION = 200
 
@@ -362,7 +362,7 @@ def view_notes(head: str, inputs: HeadInputs, *, plain_only: bool = False) -> li
 def fit_notes(model: HeadModel, selection: Selection, data: Prepared) -> list[str]:
     """What a user should know of the fit before believing its score."""
     best, protocol, trials = selection.best, data.protocol, selection.trials
-    described = best.candidate.describe()
+    chosen = described(best.candidate, trials)
     notes = []
     if not len(protocol.test):
         notes.append(
@@ -374,11 +374,11 @@ def fit_notes(model: HeadModel, selection: Selection, data: Prepared) -> list[st
     if protocol.kind == "none":
         calibrated = HEADS[best.candidate.head].calibrated
         notes.append(
-            f"No sample could be held out to choose a setting: {described} "
+            f"No sample could be held out to choose a setting: {chosen} "
             "was taken unseen" + (", without a temperature." if calibrated else ".")
         )
     failed = [trial for trial in trials if trial.failure]
-    notes += [f"Failed: {trial.candidate.describe()}: {trial.failure}" for trial in failed]
+    notes += [f"Failed: {described(trial.candidate, trials)}: {trial.failure}" for trial in failed]
     alike = [
         trial.setting
         for trial in trials
@@ -389,7 +389,7 @@ def fit_notes(model: HeadModel, selection: Selection, data: Prepared) -> list[st
     notes += [edge] if edge else []
     if not model.head.converged_:
         notes.append(
-            f"The solver did not converge with {described}: the head is "
+            f"The solver did not converge with {chosen}: the head is "
             "usable, but another fit of it may score differently."
         )
     if isinstance(model.head, KNNHead) and model.head.k_ < model.head.k:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -126,3 +126,12 @@ class Trial:
             bool(document["converged"]),
             str(document["failure"]),
         )
+
+
+def described(candidate: Candidate, among: Sequence[Trial]) -> str:
+    """A candidate for people: with its scaling and layers where those that were tried differ."""
+    others = [trial.candidate for trial in among]
+    return candidate.describe(
+        with_scaling=len({other.scaling for other in others}) > 1,
+        with_layers=len({other.layers for other in others}) > 1,
+    )

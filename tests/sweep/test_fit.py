@@ -10,6 +10,7 @@ from pipeline.errors import TlpipeError, TooFewSamplesError, UnknownNameError
 from pipeline.heads import HEADS
 from pipeline.heads.logistic import LogisticHead
 from pipeline.sweep.fit import fit_head
+from pipeline.sweep.trials import described
 from tests.heads.toy_stores import blobs, cycle, make_store, splits_of
 
 QUICK = {"linear": [{"epochs": 5, "lr": 0.1}], "mlp": [{"epochs": 40, "hidden": 16, "lr": 0.03}]}
@@ -228,6 +229,8 @@ def test_scaling_auto_tries_those_that_suit_the_head(store):
 
     assert [trial.candidate.scaling for trial in run.trials] == list(HEADS["knn"].scalings)
     assert run.model.scaler.kind == run.best.candidate.scaling
+    assert described(run.best.candidate, run.trials) == f"k=5, {run.model.scaler.kind}"
+    assert described(run.best.candidate, run.trials[:1]) == "k=5"
 
 
 def test_all_settings_failing_is_an_error(store):
