@@ -331,7 +331,13 @@ def _refitted(bundle: Bundle, data: TrainingData) -> HeadModel | str:
     if fit is None:
         return f"Its store {block.store} lacks images that are trained on"
     X = np.asarray(features.features[fit], np.float32)
-    scaler = fit_scaler(X, bundle.model.scaler.kind, features.widths)
+    X_choose = np.asarray(
+        features.features[np.array([], np.intp) if choose is None else choose], np.float32
+    )
+    # As folds do: a feature that is all but constant for those who train, and not for the rest,
+    # would be blown up. No label of those who choose is looked at.
+    everyone = np.concatenate([X, X_choose])
+    scaler = fit_scaler(everyone, bundle.model.scaler.kind, features.widths)
     name, params = str(bundle.card["head"]), bundle.card["params"]
     several = len(data.tasks) > 1
     head = multitask_class(name)(**params) if several else make_estimator(name, **params)
@@ -346,8 +352,8 @@ def _refitted(bundle: Bundle, data: TrainingData) -> HeadModel | str:
     if choose is None or not len(choose):
         return model
     # Too sure of itself, a head would send large gradients through a trunk that is right already.
-    logits = model.logits(np.asarray(features.features[choose], np.float32))
-    return replace(model, temperature=fit_temperature(logits, samples.codes[data.fold.choose]))
+    temperature = fit_temperature(model.logits(X_choose), samples.codes[data.fold.choose])
+    return replace(model, temperature=temperature)
 
 
 def _places(

@@ -107,7 +107,7 @@ def test_with_its_store_the_setting_is_fitted_without_those_who_choose(embed, tr
     rows = ~np.isin(ids, sorted(chose))
     X = np.asarray(store.features("train", ["penultimate"]), np.float32)
     y = np.array([("a", "b", "c").index(label) for label in store.labels("label", "train")])
-    scaler = fit_scaler(X[rows], "standardise")
+    scaler = fit_scaler(X, "standardise")  # of all of train, as with folds
     head = make_head("logreg", C=1.0).fit(scaler(X[rows]), y[rows])
     temperature = fit_temperature(head.logits(scaler(X[~rows])), y[~rows])
     model = HeadModel(scaler, head, temperature, ("a", "b", "c"))
