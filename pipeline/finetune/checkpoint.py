@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import shlex
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -90,12 +91,12 @@ class Checkpoint:
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
             raise StoreError(
                 f"{self.path} is damaged ({str(e).splitlines()[0]:.100}).\n"
-                "  Start over: run the same command without --resume."
+                f"  Start over: rm -r {shlex.quote(str(self.folder))}, then the same command."
             ) from e
         if not isinstance(state, dict) or state.get("version") != _VERSION:
             raise StoreError(
                 f"{self.path} was written by another release.\n"
-                "  Start over: run the same command without --resume."
+                f"  Start over: rm -r {shlex.quote(str(self.folder))}, then the same command."
             )
         return state
 
