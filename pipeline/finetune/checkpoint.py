@@ -89,8 +89,9 @@ class Checkpoint:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
+            why = (str(e) or type(e).__name__).splitlines()[0]
             raise StoreError(
-                f"{self.path} is damaged ({str(e).splitlines()[0]:.100}).\n"
+                f"{self.path} is damaged ({why:.100}).\n"
                 f"  Start over: rm -r {shlex.quote(str(self.folder))}, then the same command."
             ) from e
         if not isinstance(state, dict) or state.get("version") != _VERSION:

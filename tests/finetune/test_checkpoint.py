@@ -79,3 +79,15 @@ def test_a_stopped_search_of_the_learning_rate_is_taken_up(train):
     assert resumed.lr == whole.lr
     assert [t["loss"] for t in resumed.lr_trials] == [t["loss"] for t in whole.lr_trials]
     assert [e["val_loss"] for e in resumed.curve] == [e["val_loss"] for e in whole.curve]
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 and no more"])
+def test_a_damaged_checkpoint_says_what_to_delete(tmp_path, content):
+    checkpoint = Checkpoint(tmp_path, FACTS)
+    checkpoint.acquire()
+    checkpoint.save({"step": 1})
+    checkpoint.release()
+    checkpoint.path.write_bytes(content)
+
+    with pytest.raises(StoreError, match=r"is damaged .*\n.*rm -r .*\.finetune-.*, then the same"):
+        checkpoint.load()
