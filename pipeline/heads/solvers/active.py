@@ -9,6 +9,7 @@ Keerthi and DeCoste, "A modified finite Newton method for fast solution of large
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ class ActiveSets:
     """
 
     sets: list[_ActiveSet]
-    is_exact: bool = True
+    is_exact: ClassVar[bool] = True
 
     @classmethod
     def of(cls, values: Tensor, n_problems: int, curvature: float) -> ActiveSets:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -136,7 +136,7 @@ class Anchors:
 
     anchors: Sequence[Anchor]
     which: Tensor
-    is_exact: bool = False
+    is_exact: ClassVar[bool] = False
 
     def select(self, kept: Tensor) -> Anchors:
         """The same for some of the problems."""
