@@ -26,6 +26,7 @@ from pipeline.heads.tasks import strata
 
 if TYPE_CHECKING:
     from pipeline.store import Store
+    from pipeline.store.reader import FeatureArray
 
 Array = NDArray[Any]
 
@@ -91,11 +92,21 @@ class StoredFeatures:
 
     def __getitem__(self, samples: NDArray[np.intp]) -> Array:
         """(n, n_features) of some samples, as they are stored."""
-        parts = [
-            store.features(layers=names)[rows[samples]]
-            for store, names, rows in zip(self.stores, self.layers, self.rows, strict=True)
-        ]
+        parts = [array[rows[samples]] for array, rows in zip(self._arrays, self.rows, strict=True)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    @cached_property
+    def _arrays(self) -> list[FeatureArray]:
+        """The plain view of each store; to make one goes through the table of samples."""
+        return [
+            store.features(layers=names)
+            for store, names in zip(self.stores, self.layers, strict=True)
+        ]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What they are stored as."""
+        return np.result_type(*(array.dtype for array in self._arrays))
 
     @property
     def n_views(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import CorruptStoreError, StoreFormatError, UnknownNameError
@@ -41,15 +42,24 @@ class Scaler:
     mean: NDArray[np.float64] | None = None
     scale: NDArray[np.float64] | None = None
 
-    def __call__(self, X: Array) -> NDArray[np.float32]:
-        """Scale X (n_samples, n_features), or (…, n_features), into a new float32 array."""
+    def __call__(self, X: Array, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Scale X (n_samples, n_features), or (…, n_features), into a float32 array.
+
+        Args:
+            X: what to scale.
+            out: where to write it, shaped as X; None for a new array.
+        """
+        result = np.empty(X.shape, np.float32) if out is None else out
+        values = torch.from_numpy(result)
+        if X.dtype == np.float16 and X.flags.writeable:
+            values.copy_(torch.from_numpy(X))  # numpy converts halves one by one
+        else:
+            np.copyto(result, X, casting="same_kind")
         if self.kind == "standardise":
             assert self.mean is not None
             assert self.scale is not None
-            result = np.subtract(X, self.mean.astype(np.float32), dtype=np.float32)
-            result /= self.scale.astype(np.float32)
-            return result
-        result = np.array(X, dtype=np.float32)
+            values.sub_(torch.from_numpy(self.mean.astype(np.float32)))
+            values.div_(torch.from_numpy(self.scale.astype(np.float32)))
         if self.kind == "l2":
             start = 0
             for width in self.widths:

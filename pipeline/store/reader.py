@@ -246,7 +246,10 @@ class Store:
         """(n, ...) of each layer from one shard."""
         first, last = int(rows.min()), int(rows.max())
         with self._open_features(number) as datasets:
-            return [datasets[name][first : last + 1, view][rows - first] for name in layers]
+            found = [datasets[name][first : last + 1, view] for name in layers]
+        if np.array_equal(rows, np.arange(first, last + 1)):
+            return found
+        return [block[rows - first] for block in found]
 
     def _open_features(self, number: int) -> AbstractContextManager[dict[str, Dataset]]:
         """The datasets of one shard, whose bytes are checked when first used."""
@@ -383,7 +386,6 @@ class FeatureArray:
 
     def _read(self, chosen: Indices) -> NDArray[Any]:
         """(n, ...) of the samples ``chosen``, shard by shard."""
-        out = np.empty((len(chosen), *self.shape[1:]), self.dtype)
         shards, rows = self._store._shard_of[chosen], self._store._row_of[chosen]
         if (shards == _NOWHERE[0]).any():
             gone = self._store.table.ids[int(chosen[shards == _NOWHERE[0]][0])]
@@ -391,13 +393,19 @@ class FeatureArray:
                 f"{self._store.path}: the row of {gone!r} was removed after the store was opened.\n"
                 "  Open it again."
             )
+        if len(chosen) and (shards == shards[0]).all():
+            return self._read_shard(int(shards[0]), rows)
+        out = np.empty((len(chosen), *self.shape[1:]), self.dtype)
         order = np.argsort(shards, kind="stable")
         stops = np.flatnonzero(np.diff(shards[order])) + 1
         for here in np.split(order, stops) if len(order) else []:
-            number = int(shards[here[0]])
-            parts = self._store._read_rows(number, rows[here], self.layers, self._view)
-            out[here] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+            out[here] = self._read_shard(int(shards[here[0]]), rows[here])
         return out
+
+    def _read_shard(self, number: int, rows: Indices) -> NDArray[Any]:
+        """(n, ...) of some rows of one shard."""
+        parts = self._store._read_rows(number, rows, self.layers, self._view)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
 def _snapshot(path: Path) -> tuple[Manifest, SampleTable]:

@@ -291,9 +291,10 @@ def _pass(
         )
         for i, ask in asks.items()
     }
+    scaled = np.empty((rows.block_rows, rows.n_features), np.float32)
     for samples, raw in rows.blocks(parts.numbers >= 0):
         codes, numbers = parts.codes[samples], parts.numbers[samples]
-        X = torch.from_numpy(scaler(raw)).to(device)
+        X = torch.from_numpy(scaler(raw, out=scaled[: len(raw)])).to(device)
         scores = torch.addmm(columns[:, -1], X, columns[:, :-1].T)
         slopes, first = [], 0
         for i, ask in asks.items():

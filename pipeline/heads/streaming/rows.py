@@ -16,6 +16,7 @@ Array = NDArray[Any]
 Indices = NDArray[np.intp]
 T = TypeVar("T")
 
+_READ_BYTES = 8  # a value of a block: those that are read at once, and as many ahead
 _STRETCHES = 256  # in a shuffled block, where they are long enough to be worth reading
 _STRETCH_ROWS = (32, 512)
 
@@ -57,7 +58,11 @@ class StoredRows:
         Yields:
             Samples (n,), and their features (n, n_features) as they are stored.
         """
-        yield from self._read_ahead(self._stretches(wanted), self.features.__getitem__)
+        read = self._read_ahead(self._stretches(wanted), self.features.__getitem__)
+        for samples, features in read:
+            for start in range(0, len(samples), self.block_rows):
+                own = slice(start, start + self.block_rows)
+                yield samples[own], features[own]
 
     def gathered(self, wanted: NDArray[np.bool_], n_rows: int) -> Iterator[tuple[Indices, Array]]:
         """One pass in blocks that are joined until they hold ``n_rows`` of the wanted samples.
@@ -137,7 +142,9 @@ class StoredRows:
     def _stretches(self, wanted: NDArray[np.bool_]) -> Iterator[Indices]:
         if not len(self):
             return
-        edges = np.arange(self._positions[0], self._positions[-1] + 1, self.block_rows)
+        # To open a file takes as long as to read some hundred rows of it.
+        n_rows = self.block_rows * max(1, _READ_BYTES // self.features.dtype.itemsize)
+        edges = np.arange(self._positions[0], self._positions[-1] + 1, n_rows)
         places = np.append(np.searchsorted(self._positions, edges), len(self))
         for start, stop in pairwise(places.tolist()):
             samples = self._order[start:stop]
