@@ -86,7 +86,7 @@ def fit_head(
     clock.lap("load")
     frames = [(data.inputs.layer_names, name) for name in scalings]
     proposals = Grid(head, settings, frames)
-    search = Search(data, metric=metric, on_trial=on_trial)
+    search = Search(data, metric=metric, on_trial=on_trial, spares_memory=memory_limit is not None)
     selection = search.run(proposals)
     clock.lap("select")
     run = finish_run(search, selection, metric=metric, seconds=clock.laps)

@@ -60,6 +60,7 @@ class Search:
         deadline: of ``time.monotonic``; at least some of each head is tried.
         journal: keeps trials; None for nowhere.
         on_trial: is told of every trial.
+        spares_memory: hold the features in one scaling at a time, and scale them again instead.
     """
 
     data: Prepared
@@ -67,6 +68,7 @@ class Search:
     deadline: float | None = None
     journal: Journal | None = None
     on_trial: Callable[[Trial], None] = lambda _: None
+    spares_memory: bool = False
     _matrices: dict[tuple[Frame, bool], Scaled] = field(default_factory=dict)
 
     def run(self, proposals: Proposals) -> Selection:
@@ -178,7 +180,7 @@ class Search:
         with_views = HEADS[head].views and self.data.inputs.features.n_views > 1
         key = frame, with_views
         if key not in self._matrices:
-            while len(self._matrices) >= _KEPT_MATRICES:
+            while len(self._matrices) >= (1 if self.spares_memory else _KEPT_MATRICES):
                 self._matrices.pop(next(iter(self._matrices)))
             part = take_layers(self.data.inputs, layers)
             self._matrices[key] = scale(

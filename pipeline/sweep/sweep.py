@@ -250,7 +250,10 @@ class _Runner:
         if self.ends is not None:
             now = time.monotonic()
             deadline = now + max(self.ends - now, 0.0) / n_left
-        search = Search(data, self.plan.metric, deadline, self.journal, self.on_trial)
+        search = Search(
+            data, self.plan.metric, deadline, self.journal, self.on_trial,
+            spares_memory=self.plan.memory_limit is not None,
+        )  # fmt: skip
         try:
             selection = search.run(self.plan.proposals(head, self.sets, seed))
             clock.lap("select")

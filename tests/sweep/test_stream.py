@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -525,3 +526,28 @@ def test_sizes(text, size):
 def test_no_size(text):
     with pytest.raises(UsageError, match="expected a size such as 800MB or 2GB"):
         parse_size(text)
+
+
+def test_one_scaled_copy_at_a_time_where_memory_is_limited(tmp_path, monkeypatch):
+    # What a scaling is learned from takes more than a copy of so few samples.
+    monkeypatch.setattr("pipeline.heads.scaling._BLOCK_ROWS", 100)
+    labels = cycle("abc", 1500)
+    X = np.random.default_rng(0).normal(size=(1500, 400)).astype(np.float32)
+    made = make_store(
+        tmp_path / "s", {"penultimate": X}, {"label": labels}, splits_of(900, 300, 300)
+    )
+
+    def peak_bytes(memory_limit):
+        tracemalloc.start()
+        run = fit_head(made, head="prototype", scaling="auto", memory_limit=memory_limit)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak, [(trial.candidate, trial.scores) for trial in run.trials]
+
+    peak_bytes(None)  # what is loaded stays
+    plain, expected = peak_bytes(None)
+    sparing, found = peak_bytes(1e12)
+
+    assert found == expected
+    assert len(found) > 1
+    assert sparing < plain - 0.8 * (1200 * 400 * 4)
