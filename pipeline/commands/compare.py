@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.finetune.contest import Outcome
 
 SHOWN_FAILURES = 20
-_PAGE = "report.html"
+PAGE_FILE = "report.html"
 
 
 @click.command()
@@ -54,7 +54,8 @@ _PAGE = "report.html"
     "policies",
     default="head,last:1,full,scratch",
     show_default=True,
-    help="Comma-separated policies of fine-tuning, as for finetune; none for none.",
+    help="Comma-separated policies of fine-tuning, as for finetune; full:fresh and the like start "
+    "from a fresh head; none for none.",
 )
 @click.option(
     "--epochs", type=click.IntRange(min=1), default=10, show_default=True, help="Of each."
@@ -75,7 +76,7 @@ _PAGE = "report.html"
     "--sizes/--no-sizes",
     default=True,
     show_default=True,
-    help="Also fit the best head with 1, 2, 5, 10 … samples a class.",
+    help="Also fit the best head with 1, 2, 5, 10 … samples a class, and train full with a few.",
 )
 @label_option
 @click.option(
@@ -235,7 +236,38 @@ def _tell_epoch(console: Console, entry: dict[str, Any]) -> None:
 
 
 def _save_and_print(console: Console, document: dict[str, Any], out: Path) -> None:
-    from pipeline.report.compare import compare_page, compare_table
+    from pipeline.report.compare import compare_table, size_words
+
+    path, document = save_comparison(document, out)
+    console.document({"path": str(path)} | document)
+    for note in document["notes"]:
+        console.note(printable(note))
+    for curve in document.get("sizes", ()):
+        console.note(printable(size_words(curve)))
+    columns, rows = compare_table(document)
+    console.table(columns, [[printable(cell) for cell in row] for row in rows])
+    console.result(printable(document["verdict"]))
+    first = shlex.quote(document["lines"][0]["path"])
+    console.next_steps([f"tlpipe predict {first} image.jpg", f"tlpipe inspect {first}"])
+    console.result(f"page: {path / PAGE_FILE}")
+    console.result(str(path))
+
+
+def save_comparison(document: dict[str, Any], out: Path) -> tuple[Path, dict[str, Any]]:
+    """Write a comparison and its page into a numbered folder.
+
+    Args:
+        document: what the comparison found.
+        out: folder for the new folder.
+
+    Returns:
+        The new folder, and what its ``run.json`` holds.
+
+    Raises:
+        ResourceError: the disk is full.
+        StoreError: the folder cannot be written to.
+    """
+    from pipeline.report.compare import compare_page
     from pipeline.runs.folder import (
         RUN_FILE,
         RUN_FORMAT,
@@ -255,16 +287,6 @@ def _save_and_print(console: Console, document: dict[str, Any], out: Path) -> No
 
     def write(folder: Path) -> None:
         write_json(folder / RUN_FILE, document)
-        (folder / _PAGE).write_text(compare_page(document), encoding="utf-8")
+        (folder / PAGE_FILE).write_text(compare_page(document), encoding="utf-8")
 
-    path = create_run(out, "compare", write)
-    console.document({"path": str(path)} | document)
-    for note in document["notes"]:
-        console.note(printable(note))
-    columns, rows = compare_table(document)
-    console.table(columns, [[printable(cell) for cell in row] for row in rows])
-    console.result(printable(document["verdict"]))
-    first = shlex.quote(document["lines"][0]["path"])
-    console.next_steps([f"tlpipe predict {first} image.jpg", f"tlpipe inspect {first}"])
-    console.result(f"page: {path / _PAGE}")
-    console.result(str(path))
+    return create_run(out, "compare", write), document

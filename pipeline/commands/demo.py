@@ -36,7 +36,8 @@ def command(cache_dir: Path, runs_dir: Path, as_json: bool, quiet: bool) -> int:
     """Embed 1,797 handwritten digits, fit heads on the features, classify some test images.
 
     The images are scikit-learn's; the network is EfficientNet-Lite0 with its ImageNet weights,
-    which come inside a package: nothing is downloaded. Raw pixels are the baseline.
+    which come inside a package: nothing is downloaded. Raw pixels are the baseline. The last lines
+    are a page that opens in a browser, with all of it in one table and plots, and a run to try.
 
     \b
     Examples:
@@ -71,11 +72,13 @@ def command(cache_dir: Path, runs_dir: Path, as_json: bool, quiet: bool) -> int:
     test = [sample for sample in source.samples if sample.split == "test"]
     shown = test[:: len(test) // N_PREDICTED][:N_PREDICTED]
     predictions = _predict(console, run, [sample.file for sample in shown])
+    page = _write_page(runs, runs_dir / source.name)
     console.document(
         {
             "rows": rows,
             "predictions": predictions,
             "run": str(run),
+            "page": str(page),
             "seconds": round(time.perf_counter() - started, 1),
         }
     )
@@ -88,6 +91,7 @@ def command(cache_dir: Path, runs_dir: Path, as_json: bool, quiet: bool) -> int:
             "tlpipe fit-head cache/…",
         ]
     )
+    console.result(f"page: {page}")
     console.result(str(run))
     return EXIT_DONE
 
@@ -129,6 +133,15 @@ def _fit(
         "n_settings": len(run.trials),
     }
     return row, run.save(out, command="tlpipe demo")
+
+
+def _write_page(runs: list[Path], out: Path) -> Path:
+    """The heads against each other, as `compare` shows them."""
+    from pipeline.commands.compare import PAGE_FILE, save_comparison
+    from pipeline.runs.comparison import compare_runs
+
+    path, _ = save_comparison(compare_runs(runs).to_dict() | {"data": "digits"}, out)
+    return path / PAGE_FILE
 
 
 def _print_table(console: Console, rows: list[dict[str, Any]]) -> None:

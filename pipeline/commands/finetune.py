@@ -115,7 +115,7 @@ _CHOSE = "validation (chose the epoch)"
 )
 @click.option("--flip/--no-flip", default=True, show_default=True, help="Mirror one in two.")
 @click.option(
-    "--min-crop", type=float, default=0.35, show_default=True, help="Least share of the area shown."
+    "--min-crop", type=float, default=0.7, show_default=True, help="Least share of the area shown."
 )
 @click.option(
     "--cached",

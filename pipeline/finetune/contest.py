@@ -12,29 +12,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backbones import load_backbone
+from pipeline.data.names import counted
 from pipeline.errors import TlpipeError, UsageError
 from pipeline.extract.extractor import Settings as ExtractSettings
 from pipeline.extract.extractor import extract_all
 from pipeline.extract.recall import Request
+from pipeline.finetune.by_size import (
+    Curve,
+    Few,
+    frozen_curve,
+    joined,
+    n_per_class_at_most,
+    plan_few,
+)
 from pipeline.finetune.checkpoint import StoppedError
 from pipeline.finetune.data import check_group_column, choose_columns
-from pipeline.finetune.fit import Watcher, finetune
+from pipeline.finetune.fit import AUTO, FRESH, NONE, Watcher, finetune
 from pipeline.finetune.policies import check_fits
 from pipeline.finetune.settings import Settings, check_policy
 from pipeline.runs.comparison import Comparison, compare_runs
-from pipeline.runs.folder import RUN_FILE, RUN_FORMAT_VERSION, read_json, write_json
+from pipeline.runs.folder import RUN_FILE, RUN_FORMAT_VERSION, read_json, read_run, write_json
 from pipeline.store.durable import replacing
-from pipeline.sweep.prepare import plan, prepare
-from pipeline.sweep.search import take_layers
-from pipeline.sweep.sizes import accuracy_by_size
+from pipeline.sweep.prepare import Prepared, plan
+from pipeline.sweep.sizes import SizePoint
 from pipeline.sweep.sweep import Plan, sweep
+from pipeline.sweep.trials import Trial
 
 if TYPE_CHECKING:
     from pipeline.backbones.backbone import Backbone
     from pipeline.data import DataSource
-    from pipeline.sweep.sweep_run import SweepRun
+    from pipeline.finetune.run import FinetuneRun
 
 POLICIES = ("head", "last:1", "full", "scratch")
+_OF_CURVE = "full"
+_FRESH = ":fresh"
 _FORMAT = "tlpipe-contest"
 
 
@@ -48,11 +59,13 @@ class Contest:
         image_size: side of the input, pixels; None for the backbone's own.
         heads: on frozen features, each with a sweep of its own.
         grid: of these sweeps.
-        policies: of fine-tuning; () for none.
+        policies: of fine-tuning; () for none. One with ":fresh" behind it starts from a fresh head
+            though there are fitted ones.
         training: settings that the policies share.
         budget_seconds: for all fine-tuning together, the same part for each training; None for as
             long as the epochs take.
-        sizes: whether accuracy is also measured with fewer training samples.
+        sizes: whether accuracy is also measured with fewer training samples: of the best head, and
+            of "full" where it is among the policies.
         label: label column; None for "label" or the only one.
         groups: column of samples that belong together, none of which is ever parted.
         seed: of everything random.
@@ -78,11 +91,24 @@ class Contest:
             UsageError: a name that there is none of, or nothing to compare.
         """
         for policy in self.policies:
-            check_policy(policy)
+            check_policy(policy.removesuffix(_FRESH))
         if len(self.heads) + len(self.policies) < 2 or not self.backbones:
             raise UsageError("A comparison needs a backbone, and two heads or policies.")
         if self.heads:
             Plan(self.heads, grid=self.grid)
+
+    @property
+    def has_tuned_curve(self) -> bool:
+        """Whether there are trainings with fewer samples."""
+        return self.sizes and _OF_CURVE in self.policies
+
+    @property
+    def training_seconds(self) -> float | None:
+        """A training's part of the budget; those with fewer samples together have one, too."""
+        if self.budget_seconds is None:
+            return None
+        n_parts = len(self.policies) + self.has_tuned_curve
+        return self.budget_seconds / (n_parts * len(self.backbones))
 
     def backbone(self, name: str) -> Backbone:
         """One of the networks, with the weights that all policies but scratch start from."""
@@ -103,7 +129,7 @@ class Contest:
             stages = self.backbone(name).stages
             for policy in self.policies:
                 try:
-                    check_fits(policy, stages)
+                    check_fits(policy.removesuffix(_FRESH), stages)
                 except UsageError as error:
                     raise UsageError(f"{name}: {error}") from error
 
@@ -115,7 +141,7 @@ class Outcome:
     Attributes:
         comparison: of all runs.
         paths: of all runs.
-        sizes: by backbone, accuracy of the best frozen head by the number of training samples.
+        sizes: accuracy by the number of training samples.
         failures: why a head or a policy has no run, by its name and backbone.
         skipped: why images were left out, by id.
         seconds: of all of it, since the last time that it was taken up.
@@ -123,7 +149,7 @@ class Outcome:
 
     comparison: Comparison
     paths: list[Path]
-    sizes: dict[str, list[dict[str, Any]]]
+    sizes: list[Curve]
     failures: dict[str, str]
     skipped: dict[str, str]
     seconds: float
@@ -132,7 +158,7 @@ class Outcome:
         """For JSON and pages."""
         return self.comparison.to_dict() | {
             "runs": [str(path) for path in self.paths],
-            "sizes": self.sizes,
+            "sizes": [curve.to_dict() for curve in self.sizes],
             "failures": self.failures,
             "skipped": self.skipped,
             "contest_seconds": round(self.seconds, 1),
@@ -206,9 +232,13 @@ def hold_contest(
         stage.skipped |= report.failures
     for name, store in stores.items() if contest.heads else ():
         stage.take("frozen", name, partial(stage.frozen, store, name))
+        if contest.sizes:
+            stage.frozen_with_fewer(store, name)
     for name in contest.backbones:
         for policy in contest.policies:
             stage.take(policy, name, partial(stage.fine_tuned, name, policy))
+    for name, store in stores.items() if contest.has_tuned_curve else ():
+        stage.tuned_with_fewer(store, name)
     return stage.outcome(time.perf_counter() - started)
 
 
@@ -218,7 +248,7 @@ class _Stage:
 
     Attributes:
         record: what is done.
-        parts: what is done, in order.
+        parts: what is done, in order, by what it is.
         failures, skipped: see :class:`Outcome`.
     """
 
@@ -230,22 +260,21 @@ class _Stage:
     note: Callable[[str], None]
     watcher: Watcher
     record: _Record
-    parts: list[_Part] = field(default_factory=list)
+    parts: dict[str, _Part] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def take(self, what: str, name: str, do: Callable[[], _Part]) -> None:
         """Do one part of the contest, or take it from the record."""
-        key = f"{what} ({name})"
+        key = _key(what, name)
         if part := self.record.part(key):
             self.note(f"Taken up: {key} is done.")
-            self.parts.append(part)
+            self.parts[key] = part
             return
-        if self.watcher.should_stop():
-            raise StoppedError("Stopped; the runs that were done are kept.")
+        self.check_stop()
         n_failed = len(self.failures)
         try:
-            self.parts.append(do())
+            self.parts[key] = do()
         except StoppedError:
             raise
         except TlpipeError as error:
@@ -253,7 +282,12 @@ class _Stage:
         for failed, why in list(self.failures.items())[n_failed:]:
             self.note(f"{failed} has no run: {why.splitlines()[0]}")
         if len(self.failures) == n_failed:
-            self.record.add(key, self.parts[-1])
+            self.record.add(key, self.parts[key])
+
+    def check_stop(self) -> None:
+        """Raise StoppedError where the user asked to stop."""
+        if self.watcher.should_stop():
+            raise StoppedError("Stopped; the runs that were done are kept.")
 
     def frozen(self, store: Path, name: str) -> _Part:
         """Every head on the features of one backbone, each a run of its own."""
@@ -283,32 +317,115 @@ class _Stage:
                 f"Stopped while heads were fitted on {name}; what was tried is kept."
             ) from error
         self.failures |= {f"{head} ({name})": why for head, why in found.failures.items()}
-        sizes = _by_size(store, found, contest, self.note) if contest.sizes else []
         runs = [result.run.save(self.out, command=self.command) for result in found.results]
-        return _Part(runs, {name: sizes} if contest.sizes else {})
+        return _Part(runs, best=found.recommended()[0].run.best)
+
+    def frozen_with_fewer(self, store: Path, name: str) -> None:
+        """The best head with fewer samples, where there is a test split to score it on."""
+        found = self.parts.get(_key("frozen", name))
+        data = self.plan(store)
+        if found is None or found.best is None or not len(data.protocol.test):
+            return
+        best = found.best
+        curve = f"{best.candidate.head} ({name})"
+
+        def fit() -> _Part:
+            return _Part(curves=[frozen_curve(data, best, curve, self.check_stop)])
+
+        self.take("frozen, with fewer samples", name, fit)
+
+    def plan(self, store: Path) -> Prepared:
+        """Who trains and who scores in the contest."""
+        contest = self.contest
+        return plan(store, label=contest.label, groups=contest.groups, seed=contest.seed)
 
     def fine_tuned(self, name: str, policy: str) -> _Part:
         """One policy on one backbone."""
         contest = self.contest
-        settings = replace(contest.training, policy=policy, seed=contest.seed)
-        if contest.budget_seconds is not None:
-            n_trainings = len(contest.backbones) * len(contest.policies)
-            settings = replace(settings, budget_seconds=contest.budget_seconds / n_trainings)
+        settings = replace(
+            contest.training,
+            policy=policy.removesuffix(_FRESH),
+            seed=contest.seed,
+            budget_seconds=contest.training_seconds,
+        )
         self.note(f"Fine-tuning {name}, {policy}")
-        run = finetune(
-            self.source,
-            contest.backbone(name),
+        init_head = NONE if policy.endswith(_FRESH) else AUTO
+        run = self.train(self.source, name, settings, self.watcher, init_head)
+        self.skipped |= run.failures
+        return _Part([run.save(command=self.command)])
+
+    def train(
+        self,
+        source: DataSource,
+        name: str,
+        settings: Settings,
+        watcher: Watcher,
+        init_head: str = AUTO,
+    ) -> FinetuneRun:
+        """Train a backbone."""
+        return finetune(
+            source,
+            self.contest.backbone(name),
             settings,
-            label=contest.label,
-            groups=contest.groups,
+            label=self.contest.label,
+            groups=self.contest.groups,
+            init_head=init_head,
             out=self.out,
             cache_dir=self.cache_dir,
             # Where nothing was left unfinished, there is nothing to say about taking it up.
             resume=any(self.out.glob(".finetune-*")),
-            watcher=self.watcher,
+            watcher=watcher,
         )
-        self.skipped |= run.failures
-        return _Part([run.save(command=self.command)])
+
+    def tuned_with_fewer(self, store: Path, name: str) -> None:
+        """Training everything on fewer samples, with the learning rate of all samples."""
+        found = self.parts.get(_key(_OF_CURVE, name))
+        if found is None:
+            return
+        data, run = self.plan(store), read_run(found.runs[0])
+        settings = replace(
+            self.contest.training, policy=_OF_CURVE, seed=self.contest.seed, lr=run["lr"]
+        )
+        planned = plan_few(data, settings.batch_size)
+        if not planned:
+            return
+        curve = Curve(
+            f"fine-tuning, {_OF_CURVE} ({name})",
+            f"of {settings.epochs} epochs at learning rate {settings.lr:g}, that of all samples",
+        )
+        for few in planned:
+            seconds = self.contest.training_seconds
+            if seconds is not None:
+                seconds *= few.share / sum(other.share for other in planned)
+            mine = replace(settings, batch_size=few.batch_size, budget_seconds=seconds)
+            what = f"{_OF_CURVE} with {few.n_per_class} a class, draw {few.draw + 1}"
+            self.take(what, name, partial(self.tuned_few, name, few, data, mine, curve))
+        top1 = run["metrics"]["test"]["top1"]["value"]
+        whole = SizePoint(n_per_class_at_most(data), len(data.protocol.refit), (top1,))
+        self.parts[curve.name] = _Part(curves=[replace(curve, points=(whole,))])
+
+    def tuned_few(
+        self, name: str, few: Few, data: Prepared, settings: Settings, curve: Curve
+    ) -> _Part:
+        """One training with fewer samples; its accuracy is all that is kept.
+
+        Raises:
+            TlpipeError: its head could not be fitted on these samples alone.
+        """
+        started = time.perf_counter()
+        quiet = replace(self.watcher, note=lambda _: None, on_epoch=lambda _: None)
+        run = self.train(few.source(self.source, data), name, settings, quiet)
+        run.checkpoint.remove()
+        if run.head != FRESH and not run.head_refitted:
+            raise TlpipeError(
+                f"The head of {run.head} knows more samples than these, and could not be fitted "
+                "again on them."
+            )
+        top1 = run.scores["test"]["top1"].value
+        self.note(f"{name}, {_OF_CURVE} with {counted(len(few.ids), 'sample')}: {top1:.3f}")
+        point = SizePoint(few.n_per_class, len(few.ids), (top1,))
+        seconds = time.perf_counter() - started
+        return _Part(curves=[replace(curve, points=(point,), n_fits=1, seconds=seconds)])
 
     def outcome(self, seconds: float) -> Outcome:
         """Compare the runs that there are.
@@ -316,7 +433,7 @@ class _Stage:
         Raises:
             TlpipeError: fewer than two.
         """
-        paths = [path for part in self.parts for path in part.runs]
+        paths = [path for part in self.parts.values() for path in part.runs]
         if len(paths) < 2:
             n_all = len(self.contest.heads) + len(self.contest.policies)
             lines = [f"  {name}: {why.splitlines()[0]}" for name, why in self.failures.items()]
@@ -326,7 +443,7 @@ class _Stage:
                 "and a comparison needs two.\n" + "\n".join(lines)
             )
         comparison = compare_runs(paths)
-        sizes = {name: points for part in self.parts for name, points in part.sizes.items()}
+        sizes = joined(curve for part in self.parts.values() for curve in part.curves)
         if not self.failures:
             self.record.drop()
         return Outcome(comparison, paths, sizes, self.failures, self.skipped, seconds)
@@ -338,10 +455,38 @@ class _HeadsStoppedError(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class _Part:
-    """The runs of one part of a contest, and what the best head reaches with fewer samples."""
+    """What came of one part of a contest.
 
-    runs: list[Path]
-    sizes: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+    Attributes:
+        runs: their folders.
+        best: what the best head was fitted with.
+        curves: parts of accuracy by the number of samples.
+    """
+
+    runs: list[Path] = field(default_factory=list)
+    best: Trial | None = None
+    curves: list[Curve] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "runs": [str(run) for run in self.runs],
+            "best": self.best and self.best.to_dict(),
+            "curves": [curve.to_dict() for curve in self.curves],
+        }
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> _Part:
+        """What :meth:`to_dict` gave."""
+        return cls(
+            [Path(run) for run in document["runs"]],
+            document["best"] and Trial.from_dict(document["best"]),
+            [Curve.from_dict(curve) for curve in document["curves"]],
+        )
+
+
+def _key(what: str, name: str) -> str:
+    return f"{what} ({name})"
 
 
 class _Record:
@@ -369,7 +514,7 @@ class _Record:
         found = self._parts.get(key)
         if found is None or not all(Path(run, RUN_FILE).is_file() for run in found["runs"]):
             return None
-        return _Part([Path(run) for run in found["runs"]], found["sizes"])
+        return _Part.from_dict(found)
 
     def add(self, key: str, part: _Part) -> None:
         """Write down what was done.
@@ -378,7 +523,7 @@ class _Record:
             ResourceError: the disk is full.
             StoreError: the folder cannot be written to.
         """
-        self._parts[key] = {"runs": [str(run) for run in part.runs], "sizes": dict(part.sizes)}
+        self._parts[key] = part.to_dict()
         document = {"format": _FORMAT, "format_version": RUN_FORMAT_VERSION, "parts": self._parts}
         with replacing(self._path) as temporary:
             write_json(temporary, document)
@@ -386,20 +531,3 @@ class _Record:
     def drop(self) -> None:
         """Forget it."""
         self._path.unlink(missing_ok=True)
-
-
-def _by_size(
-    store: Path, found: SweepRun, contest: Contest, on_note: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Accuracy of the best frozen head with fewer training samples."""
-    best = found.recommended()[0].run.best
-    data = prepare(store, label=contest.label, groups=contest.groups, seed=contest.seed)
-    if not len(data.protocol.test):
-        return []
-    data = replace(data, inputs=take_layers(data.inputs, best.candidate.layers))
-    points = accuracy_by_size(data, best)
-    on_note(
-        f"{best.candidate.head} with fewer samples a class: "
-        + ", ".join(f"{p.n_per_class}: {p.to_dict()['mean']:.3f}" for p in points)
-    )
-    return [point.to_dict() | {"head": best.candidate.head} for point in points]

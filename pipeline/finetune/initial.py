@@ -29,7 +29,7 @@ from pipeline.heads.calibration import fit_temperature
 from pipeline.heads.features import HeadInputs, load_inputs
 from pipeline.heads.folds import FIT_ERRORS
 from pipeline.heads.model import HeadModel
-from pipeline.heads.scaling import fit_scaler
+from pipeline.heads.scaling import Scaler, fit_scaler
 from pipeline.heads.tasks import Task
 from pipeline.runs.bundle import Bundle, is_network, load_bundle
 from pipeline.runs.folder import RUN_FILE, read_run
@@ -52,6 +52,7 @@ class InitialHead:
         run: that it comes from; None for a fresh one.
         note: one sentence about it; "" for a fresh one.
         saw_choosers: whether it was fitted on the samples that choose.
+        refitted: whether it was fitted on none but the samples that train.
         digest: of what the run has learned, wherever it lies; "" for a fresh one.
         stores: paths of the features that it was fitted on.
         seconds: that the run took; 0 for a fresh one.
@@ -61,6 +62,7 @@ class InitialHead:
     run: Path | None = None
     note: str = ""
     saw_choosers: bool = False
+    refitted: bool = False
     digest: str = ""
     stores: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -120,6 +122,7 @@ def head_of_run(
         path,
         f"{note} --init-head none starts from a fresh one.",
         saw_choosers,
+        isinstance(found, HeadModel),
         digest=f"{bundle.card['model_sha256']} / {bundle.model.temperature}",
         stores=tuple(block.store for block in bundle.inputs),
         seconds=float(read_run(path).get("seconds", {}).get("total", 0.0)),
@@ -338,6 +341,7 @@ def _refitted(bundle: Bundle, data: TrainingData) -> HeadModel | str:
     # would be blown up. No label of those who choose is looked at.
     everyone = np.concatenate([X, X_choose])
     scaler = fit_scaler(everyone, bundle.model.scaler.kind, features.widths)
+    scaler = _steady(scaler, everyone)
     name, params = str(bundle.card["head"]), bundle.card["params"]
     several = len(data.tasks) > 1
     head = multitask_class(name)(**params) if several else make_estimator(name, **params)
@@ -354,6 +358,22 @@ def _refitted(bundle: Bundle, data: TrainingData) -> HeadModel | str:
     # Too sure of itself, a head would send large gradients through a trunk that is right already.
     temperature = fit_temperature(model.logits(X_choose), samples.codes[data.fold.choose])
     return replace(model, temperature=temperature)
+
+
+def _steady(scaler: Scaler, X: Array) -> Scaler:
+    """The scaler, but no feature is divided by less than the usual deviation of features.
+
+    Some features are all but dead on the images at hand. Training the trunk wakes them, and a head
+    that enlarges them to the size of the others lets them outvote these.
+
+    Args:
+        scaler: fitted on ``X``.
+        X: (n_samples, n_features).
+    """
+    if scaler.scale is None:
+        return scaler
+    usual = np.sqrt(np.var(X, axis=0, dtype=np.float64).mean())
+    return replace(scaler, scale=np.maximum(scaler.scale, usual))
 
 
 def _places(

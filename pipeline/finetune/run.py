@@ -40,6 +40,7 @@ class FinetuneRun:
         backbone: its name, where its weights are from, their digest.
         source: name, spec and layout of the data.
         head: what the head started from, in words.
+        head_refitted: whether it was fitted on none but the samples that train.
         head_seconds: that the run which it started from took; 0 for a fresh one.
         stores: of the activations that were trained on, and of the features that the head was
             fitted on.
@@ -71,6 +72,7 @@ class FinetuneRun:
     backbone: dict[str, str]
     source: dict[str, Any]
     head: str
+    head_refitted: bool
     head_seconds: float
     stores: list[str]
     n_parameters: int

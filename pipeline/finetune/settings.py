@@ -46,7 +46,8 @@ class Settings:
             of the images; for "last:N" and "head", without new augmentations.
         n_views: stored views of each image that cached training draws from; the first is plain.
         flip: whether an augmented view is mirrored in one of two.
-        min_crop: smallest share of an image's area that a crop shows.
+        min_crop: smallest share of an image's area that a crop shows. Much smaller ones are so
+            unlike the plain views that a fitted head is torn down before it is built up again.
         ema: decay of the weights' moving average, which is then what is evaluated; 0 for none.
         clip: largest norm of a step's gradient; 0 for any.
         l2_sp: strength of the pull towards the starting weights, in place of their weight decay.
@@ -86,7 +87,7 @@ class Settings:
     cached: bool = False
     n_views: int = 1
     flip: bool = True
-    min_crop: float = 0.35
+    min_crop: float = 0.7
     ema: float = 0.0
     clip: float = 1.0
     l2_sp: float = 0.0

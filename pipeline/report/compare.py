@@ -22,7 +22,9 @@ def compare_page(document: Mapping[str, Any]) -> str:
     """
     from plotly.graph_objects import Figure
 
-    page = Page(f"Frozen or fine-tuned: {document.get('data') or 'runs compared'}")
+    lines = document["lines"]
+    question = "Frozen or fine-tuned" if any(line["is_tuned"] for line in lines) else "Which head"
+    page = Page(f"{question}: {document.get('data') or 'runs compared'}")
     page.paragraph(document["verdict"])
     page.paragraph(
         f"{_scored_words(document)} ({document['split_origin']}). "
@@ -33,7 +35,6 @@ def compare_page(document: Mapping[str, Any]) -> str:
     page.heading("Table")
     columns, rows = compare_table(document)
     page.table(columns, rows)
-    lines = document["lines"]
     page.heading("Accuracy against seconds")
     figure = Figure()
     _points(figure, lines)
@@ -49,6 +50,7 @@ def compare_page(document: Mapping[str, Any]) -> str:
         figure = Figure()
         _sizes(figure, document["sizes"])
         page.plot(figure)
+        page.items([size_words(curve) for curve in document["sizes"]])
     for confusion in document.get("confusions", ()):
         page.heading(
             f"Confusion on {confusion['scored_on']} of the best on validation, {confusion['name']}"
@@ -163,9 +165,9 @@ def _seconds(line: Mapping[str, Any]) -> float:
 
 
 def _points(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Accuracy with its interval against total seconds."""
+    """Accuracy with its interval against total seconds; a trained layer alone leaves all frozen."""
     for tuned, colour in ((False, _COLOURS[0]), (True, _COLOURS[1])):
-        some = [line for line in lines if (line["kind"] == "finetune") == tuned]
+        some = [line for line in lines if line["is_tuned"] == tuned]
         if not some:
             continue
         figure.add_scatter(
@@ -216,11 +218,21 @@ def _curves(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
     _layout(figure, "seconds of training", "accuracy on validation")
 
 
-def _sizes(figure: Any, sizes: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Accuracy of a frozen head by training samples a class."""
-    for (name, points), colour in zip(sizes.items(), _COLOURS * 4, strict=False):
-        if not points:
-            continue
+def size_words(curve: Mapping[str, Any]) -> str:
+    """Accuracy by training samples a class, and what finding it out took."""
+    points = ", ".join(f"{p['n_per_class']:,}: {p['mean']:.3f}" for p in curve["points"])
+    n_fits = curve["n_fits"]
+    return (
+        f"{curve['name']}, accuracy by training samples a class: {points}. Beside the table: "
+        f"{n_fits:,} fit{'s' if n_fits != 1 else ''} {curve['how']}, "
+        f"{seconds_text(curve['seconds'])}."
+    )
+
+
+def _sizes(figure: Any, curves: Sequence[Mapping[str, Any]]) -> None:
+    """Accuracy by training samples a class."""
+    for curve, colour in zip(curves, _COLOURS * 4, strict=False):
+        points = curve["points"]
         figure.add_scatter(
             x=[point["n_per_class"] for point in points],
             y=[point["mean"] for point in points],
@@ -232,10 +244,10 @@ def _sizes(figure: Any, sizes: Mapping[str, Sequence[Mapping[str, Any]]]) -> Non
                 "thickness": 1.2,
             },
             mode="lines+markers",
-            name=escape(f"{points[0]['head']} ({name})"),
+            name=escape(curve["name"]),
             line={"color": colour},
         )
-    counts = sorted({point["n_per_class"] for points in sizes.values() for point in points})
+    counts = sorted({point["n_per_class"] for curve in curves for point in curve["points"]})
     _layout(figure, "training samples a class", "accuracy on test, mean and 95 %")
     figure.update_xaxes(type="log", tickvals=counts, ticktext=[f"{n:,}" for n in counts])
 

@@ -36,6 +36,7 @@ class Contender:
             None where that is not known, 0 where it needs none.
         with_label: its name tells the label column.
         with_split: its name tells where it was scored.
+        with_start: its name tells the head that a training started from.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Contender:
     extract_seconds: float | None
     with_label: bool = False
     with_split: bool = False
+    with_start: bool = False
 
     @property
     def is_tuned(self) -> bool:
@@ -52,14 +54,23 @@ class Contender:
 
     @property
     def name(self) -> str:
-        """Head or policy, backbone; label column and split where they are not all the same."""
+        """Head or policy, backbone; what else tells it from the others."""
         column = f", {self.label}" if self.with_label else ""
         column += f", on {self.run['scored_on']}" if self.with_split else ""
         if self.run["kind"] == "finetune":
-            return f"fine-tuning, {self.run['policy']} ({self.backbone}){column}"
+            start = f" from {self.start}" if self.with_start else ""
+            return f"fine-tuning, {self.run['policy']}{start} ({self.backbone}){column}"
         layers = [name for names in self.run.get("layers", ()) for name in names]
         shown = "+".join(layers) if len(layers) <= 2 else f"{len(layers)} layers"
         return f"{self.run['head']} ({self.backbone}, {shown}){column}"
+
+    @property
+    def start(self) -> str:
+        """The head that a training started from; "" for a head."""
+        if self.run["kind"] != "finetune":
+            return ""
+        start = str(self.run.get("head_start", "fresh"))
+        return "a fresh head" if start == "fresh" else Path(start).name
 
     @property
     def label(self) -> str:
@@ -137,6 +148,7 @@ class Contender:
             "path": self.path,
             "name": self.name,
             "kind": run["kind"],
+            "is_tuned": self.is_tuned,
             "label": self.label,
             "scored_on": run["scored_on"],
             "n_samples": run["n_samples"],
@@ -304,6 +316,10 @@ def compare_runs(paths: Sequence[Path]) -> Comparison:
         for group in groups.values()
         for contender in group
     ]
+    starts: dict[str, set[str]] = {}
+    for contender in contenders:
+        starts.setdefault(contender.name, set()).add(contender.start)
+    contenders = [replace(c, with_start=len(starts[c.name]) > 1) for c in contenders]
     return Comparison(contenders, _notes(contenders))
 
 

@@ -58,7 +58,7 @@ def accuracy_by_size(
     *,
     sizes: Sequence[int] = SIZES,
     n_draws: int = 5,
-    on_point: Callable[[SizePoint], None] = lambda _: None,
+    on_draw: Callable[[], None] = lambda: None,
 ) -> list[SizePoint]:
     """Fit a head on few, more and all training samples, and score each on the test split.
 
@@ -71,30 +71,43 @@ def accuracy_by_size(
         best: the head, its scaling and its setting on all samples.
         sizes: samples a class; those beyond what the largest class has are left out.
         n_draws: of each size, with other samples.
-        on_point: is told of every point.
+        on_draw: is called before each draw; what it raises ends all.
     """
     rows = data.protocol.refit
     counts = np.bincount(data.codes[rows], minlength=len(data.known))
     points = []
     for n_per_class in [n for n in sizes if n < counts.max()]:
-        draws = [_draw(data, rows, n_per_class, seed) for seed in range(n_draws)]
-        scores = tuple(_accuracy(data, kept, best, seed) for seed, kept in enumerate(draws))
-        points.append(SizePoint(n_per_class, len(draws[0]), scores))
-        on_point(points[-1])
+        scores = []
+        for seed in range(n_draws):
+            on_draw()
+            kept = draw_rows(data, n_per_class, seed)
+            scores.append(_accuracy(data, kept, best, seed))
+        points.append(SizePoint(n_per_class, len(kept), tuple(scores)))
+    on_draw()
     points.append(SizePoint(int(counts.max()), len(rows), (_accuracy(data, rows, best, 0),)))
-    on_point(points[-1])
     return points
 
 
-def _draw(data: Prepared, rows: NDArray[np.intp], n_per_class: int, seed: int) -> NDArray[np.intp]:
-    """``n_per_class`` rows of each class; larger sizes of one seed hold the smaller ones."""
-    order = np.random.default_rng([data.seed, seed]).permutation(rows)
+def draw_rows(data: Prepared, n_per_class: int, seed: int) -> NDArray[np.intp]:
+    """``n_per_class`` training rows of each class; larger draws of one seed hold the smaller ones.
+
+    Args:
+        data: samples with their protocol.
+        n_per_class: of each class, or all of a class that has fewer.
+        seed: of the draw.
+    """
+    order = np.random.default_rng([data.seed, seed]).permutation(data.protocol.refit)
     codes = data.codes[order]
     rank = np.empty(len(order), dtype=np.intp)
     for code in np.unique(codes):
         same = np.flatnonzero(codes == code)
         rank[same] = np.arange(len(same))
     return np.sort(order[rank < n_per_class])
+
+
+def settings_tried(best: Trial) -> list[dict[str, Any]]:
+    """Settings that each draw chooses among: that of all samples, and a few others."""
+    return [best.candidate.setting, *GRIDS["quick"][best.candidate.head]]
 
 
 def _accuracy(data: Prepared, kept: NDArray[np.intp], best: Trial, seed: int) -> float:
@@ -110,7 +123,7 @@ def _accuracy(data: Prepared, kept: NDArray[np.intp], best: Trial, seed: int) ->
     )
     if few.protocol.folds:
         frames = [(candidate.layers, candidate.scaling)]
-        settings = [candidate.setting, *GRIDS["quick"][candidate.head]]
+        settings = settings_tried(best)
         best = Search(few).run(Grid(candidate.head, settings, frames)).best
     model = refit(best, inputs, data.codes, few.protocol, data.known)
     test = data.protocol.test

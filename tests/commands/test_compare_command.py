@@ -16,15 +16,18 @@ from PIL import Image
 from pipeline.commands import cli
 from pipeline.data import open_source
 from pipeline.errors import TlpipeError, UsageError
+from pipeline.finetune import by_size
 from pipeline.finetune.checkpoint import StoppedError
 from pipeline.finetune.contest import Contest, hold_contest
 from pipeline.finetune.fit import Watcher
 from pipeline.finetune.policies import MissingExtraError
 from pipeline.finetune.settings import Settings
 from pipeline.runs.folder import read_run
+from pipeline.sweep.search import take_layers
 from tests.heads.toy_stores import blobs, cycle, make_store, splits_of
 
 ROOT = Path(__file__).parents[2]
+SMALL = "timm:test_efficientnet"
 RESNET = ("--backbone", "resnet18", "--weights", "random", "--image-size", "32")
 HEADS = ("--head", "ridge,prototype", "--grid", "quick", "--no-sizes")
 
@@ -129,7 +132,9 @@ def test_a_contest_from_images_to_verdict(photos):
     assert by_name["ridge"]["n_tried"] > 1
     trained = by_name["fine-tuning, scratch"]["n_trained"]
     assert trained > by_name["fine-tuning, last:1"]["n_trained"] > by_name["ridge"]["n_trained"]
-    assert [p["n_per_class"] for p in document["sizes"]["resnet18"]][:3] == [1, 2, 5]
+    (curve,) = document["sizes"]  # full is not among the policies
+    assert curve["name"] in ("ridge (resnet18)", "prototype (resnet18)")
+    assert [point["n_per_class"] for point in curve["points"]][:3] == [1, 2, 5]
     assert "Fine-tuning, last:1" in document["verdict"]
     assert all(Path(line["path"], "predictions.csv").exists() for line in document["lines"])
 
@@ -260,6 +265,85 @@ def test_heads_that_were_stopped_are_taken_up(photos):
         )  # fmt: skip
 
     assert list(Path("runs").glob(".*"))
+
+
+def test_training_all_of_the_network_has_a_curve_that_the_table_does_not_pay_for(photos):
+    epochs = []
+    watcher = Watcher(on_epoch=epochs.append)
+
+    outcome = hold(
+        photos, contest(backbones=(SMALL,), policies=("full",), sizes=True), watcher=watcher
+    )
+
+    ridge, full = outcome.sizes
+    assert (ridge.name, full.name) == (f"ridge ({SMALL})", f"fine-tuning, full ({SMALL})")
+    assert "of 2 epochs at learning rate 0.001" in full.how
+    (run,) = (path for path in outcome.paths if "finetune" in path.name)
+    document = read_run(run)
+    few, whole = full.points
+    assert (few.n_per_class, few.n_samples, len(few.draws)) == (2, 4, 3)
+    assert whole.draws == (document["metrics"]["test"]["top1"]["value"],)
+    assert whole.n_samples == ridge.points[-1].n_samples
+    assert full.n_fits == 3
+    assert full.seconds > 0
+    # Told of are the epochs of the run, which is the only one that is kept.
+    assert [entry["epoch"] for entry in epochs] == [0, 1, 2]
+    assert sorted(path.name for path in Path("runs").iterdir()) == sorted(
+        path.name for path in outcome.paths
+    )
+    assert [curve["name"] for curve in outcome.to_dict()["sizes"]] == [ridge.name, full.name]
+
+
+def test_a_fitted_head_against_a_fresh_one(photos):
+    outcome = hold(photos, contest(heads=("ridge",), policies=("full", "full:fresh")))
+
+    lines = {line["name"]: line for line in outcome.comparison.lines()}
+    assert set(lines) == {
+        "ridge (resnet18, penultimate)",
+        "fine-tuning, full from ridge-resnet18-0001 (resnet18)",
+        "fine-tuning, full from a fresh head (resnet18)",
+    }
+    fitted, fresh = (
+        read_run(path)["head_start"] for path in outcome.paths if "finetune" in path.name
+    )
+    assert (Path(fitted).name, fresh) == ("ridge-resnet18-0001", "fresh")
+    with pytest.raises(UsageError, match="Unknown policy 'ful'"):
+        contest(policies=("ful:fresh",))
+
+
+def test_the_budget_has_a_part_for_fewer_samples():
+    policies = {"policies": ("head", "full"), "budget_seconds": 60.0}
+
+    assert contest(**policies, sizes=True).training_seconds == 20
+    assert contest(**policies).training_seconds == 30
+    assert contest(policies=("head", "last:1"), sizes=True).training_seconds is None
+
+
+@pytest.mark.parametrize("curve", ["frozen", "full"])
+def test_curves_that_were_stopped_are_taken_up(photos, monkeypatch, curve):
+    told, asked = [], []
+    monkeypatch.setattr(by_size, "take_layers", lambda *args: asked.append(1) or take_layers(*args))
+
+    def stop():
+        # The first fit of the frozen curve, or in the second training of the other one.
+        return bool(asked) if curve == "frozen" else sum("samples: " in n for n in told) == 1
+
+    mine = contest(backbones=(SMALL,), policies=("full",), sizes=True)
+    with pytest.raises(StoppedError, match="Stopped"):
+        hold(photos, mine, on_note=told.append, should_stop=stop)
+    n_before = len(told)
+    outcome = hold(photos, mine, on_note=told.append)
+
+    taken = [note for note in told[n_before:] if note.startswith("Taken up")]
+    assert taken[0] == f"Taken up: frozen ({SMALL}) is done."
+    assert (f"Taken up: full with 2 a class, draw 1 ({SMALL}) is done." in taken) == (
+        curve == "full"
+    )
+    assert [(one.name, one.n_fits) for one in outcome.sizes][1] == (
+        f"fine-tuning, full ({SMALL})", 3
+    )  # fmt: skip
+    assert len(outcome.paths) == 2
+    assert not [path.name for path in Path("runs").iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to another process")

@@ -12,7 +12,7 @@ from pipeline.errors import MismatchError, StoreError
 from pipeline.finetune import Settings
 from pipeline.finetune.checkpoint import StoppedError
 from pipeline.finetune.fit import Watcher
-from pipeline.finetune.initial import head_module
+from pipeline.finetune.initial import _steady, head_module
 from pipeline.heads import make_head
 from pipeline.heads.calibration import fit_temperature
 from pipeline.heads.model import HeadModel
@@ -107,13 +107,29 @@ def test_with_its_store_the_setting_is_fitted_without_those_who_choose(embed, tr
     rows = ~np.isin(ids, sorted(chose))
     X = np.asarray(store.features("train", ["penultimate"]), np.float32)
     y = np.array([("a", "b", "c").index(label) for label in store.labels("label", "train")])
-    scaler = fit_scaler(X, "standardise")  # of all of train, as with folds
+    scaler = _steady(fit_scaler(X, "standardise"), X)  # of all of train, as with folds
     head = make_head("logreg", C=1.0).fit(scaler(X[rows]), y[rows])
     temperature = fit_temperature(head.logits(scaler(X[~rows])), y[~rows])
     model = HeadModel(scaler, head, temperature, ("a", "b", "c"))
     test = np.asarray(store.features("test", ["penultimate"]), np.float32)
     expected = model.predict_proba(test).max(axis=1)
     np.testing.assert_allclose(run.results[0].predictions.probability, expected, atol=1e-4)
+
+
+def test_features_that_are_all_but_dead_are_not_enlarged():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(400, 4)) * [1e-3, 0, 1, 3] + [0, 5, 2, 0]
+
+    steady = _steady(fit_scaler(X, "standardise"), X)
+
+    usual = np.sqrt(10 / 4)
+    np.testing.assert_allclose(steady.scale, [usual, usual, usual, 3], rtol=0.1)
+    np.testing.assert_allclose(steady.mean, X.mean(axis=0))
+    # What wakes up by one moves no output further than what was awake.
+    woken = steady(X + np.eye(4)[0]) - steady(X)
+    assert np.abs(woken).max() < 1
+    unscaled = fit_scaler(X, "l2")
+    assert _steady(unscaled, X) is unscaled
 
 
 def _choosers(run, train, tmp_path):

@@ -22,6 +22,7 @@ from pipeline.finetune.fit import Watcher
 from pipeline.finetune.images import plain_order
 from pipeline.finetune.parallel import ALONE, Team, _attempt, _buckets, _unpack
 from tests.finetune.conftest import write_photos
+from tests.finetune.test_multitask import BOTH, write_table
 
 ROOT = Path(__file__).parents[2]
 MODEL = "model.safetensors"
@@ -35,6 +36,8 @@ CASES = {
     "searched": {"policy": "last:1", "lr": None},
     "cached": {"policy": "last:1", "cached": True, "augment": "none"},
     "hungry": {"policy": "last:2", "label_smoothing": 0.1},
+    # Of a fifth of the images the light is not known, so the parts of a batch differ in weight.
+    "labels": {"policy": "last:1", "task_weights": "uncertainty", "label_smoothing": 0.1},
 }
 
 # What torchrun runs: train each case, as one of the processes.
@@ -82,10 +85,13 @@ def train(folder, name, settings, team=ALONE, watcher=None, **arguments):
     network = load_backbone("timm:test_efficientnet", weights="random", image_size=32)
     if name == "hungry" and not team.is_first:
         network.module.register_forward_pre_hook(run_out_of_memory)
+    several = name.startswith("labels")
+    data = folder / "table" / "table.csv" if several else folder / "photos"
     return finetune(
-        open_source(str(folder / "photos"), cache_dir=folder / "cache"),
+        open_source(str(data), cache_dir=folder / "cache"),
         network,
         Settings(**QUICK | settings),
+        label=BOTH if several else None,
         out=folder / "runs" / name,
         cache_dir=folder / "cache",
         init_head="none",
@@ -118,6 +124,7 @@ def run_of(folder):
 @pytest.fixture
 def folder(tmp_path):
     write_photos(tmp_path / "photos", 10)
+    write_table(tmp_path / "table", n=30)
     (tmp_path / "script.py").write_text(SCRIPT)
     return tmp_path
 
@@ -141,6 +148,9 @@ def assert_same(path, run):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
     nll = run.metrics_dict()["test"]["nll"]["value"]
     assert document["metrics"]["test"]["nll"]["value"] == pytest.approx(nll, rel=1e-3)
+    if len(run.tasks) > 1:
+        assert run.task_weights[0] != run.task_weights[1]
+        assert document["task_weights"] == pytest.approx(run.task_weights, rel=1e-3)
 
 
 def test_two_processes_end_where_one_does(folder):

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from plotly.graph_objects import Figure
 
 from pipeline.errors import MismatchError, StoreError, UsageError
 from pipeline.heads.paired import mcnemar
-from pipeline.report.compare import compare_page, compare_table
+from pipeline.report.compare import _points, compare_page, compare_table
 from pipeline.runs.comparison import Comparison, Contender, compare_runs
 from pipeline.runs.folder import RUN_FORMAT, read_run, write_json
 from pipeline.sweep.fit import fit_head
@@ -158,6 +159,18 @@ def test_a_training_costs_the_extraction_and_the_fit_of_the_head_it_started_from
     assert lines[str(embedded)]["total_seconds"] == 60.0 + 9.0
 
 
+def test_trainings_that_started_elsewhere_say_where(store, tmp_path):
+    paths = [
+        finetune_run(store, tmp_path / "runs", head_start=start)
+        for start in ("runs/x/ridge-net-0001", "fresh", "fresh")
+    ]
+
+    assert {line["name"] for line in compare_runs(paths).lines()} == {
+        "fine-tuning, full from ridge-net-0001 (net)", "fine-tuning, full from a fresh head (net)"
+    }  # fmt: skip
+    assert {line["name"] for line in compare_runs(paths[1:]).lines()} == {"fine-tuning, full (net)"}
+
+
 def with_cost(store, seconds):
     """Have the store say that embedding all of it took so long."""
     cost = {"seconds": seconds, "n_embedded": len(store)}
@@ -256,6 +269,19 @@ def test_validation_picks_whom_the_verdict_is_about():
 def test_a_head_trained_on_a_frozen_network_is_frozen():
     assert not contender("x", 900, policy="head").is_tuned
     assert contender("x", 900, policy="last:1").is_tuned
+
+
+def test_the_page_draws_a_head_trained_on_a_frozen_network_as_frozen():
+    runs = [contender("full", 930, policy="full"), contender("x", 910, policy="head")]
+    document = Comparison([*runs, contender("logreg", 900)], []).to_dict()
+    figure = Figure()
+
+    _points(figure, document["lines"])
+
+    assert {trace.name: list(trace.y) for trace in figure.data} == {
+        "frozen features": [0.91, 0.9], "trained network": [0.93]
+    }  # fmt: skip
+    assert "<h1>Frozen or fine-tuned: " in compare_page(document)
 
 
 def test_scratch_says_what_transfer_is_worth():
