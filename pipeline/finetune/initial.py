@@ -372,8 +372,11 @@ def _steady(scaler: Scaler, X: Array) -> Scaler:
     """
     if scaler.scale is None:
         return scaler
-    usual = np.sqrt(np.var(X, axis=0, dtype=np.float64).mean())
-    return replace(scaler, scale=np.maximum(scaler.scale, usual))
+    varies = np.ptp(X, axis=0) > 0
+    if not varies.any():
+        return scaler
+    # The median: a mean would be that of the few loud features that some networks have.
+    return replace(scaler, scale=np.maximum(scaler.scale, np.median(scaler.scale[varies])))
 
 
 def _places(

@@ -51,7 +51,7 @@ class Scaler:
         """
         result = np.empty(X.shape, np.float32) if out is None else out
         values = torch.from_numpy(result)
-        if X.dtype == np.float16 and X.flags.writeable:
+        if X.dtype == np.float16 and X.flags.writeable and X.flags.c_contiguous:
             values.copy_(torch.from_numpy(X))  # numpy converts halves one by one
         else:
             np.copyto(result, X, casting="same_kind")
@@ -66,6 +66,14 @@ class Scaler:
                 block = result[..., start : start + width]
                 block[...] = l2_normalise(block)
                 start += width
+        return result
+
+    def rows(self, X: Array, rows: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Scale some rows of X; nothing but the result is as large as they are."""
+        result = np.empty((len(rows), *X.shape[1:]), np.float32)
+        for start in range(0, len(rows), _BLOCK_ROWS):
+            block = slice(start, start + _BLOCK_ROWS)
+            self(X[rows[block]], out=result[block])
         return result
 
     def to_arrays(self) -> dict[str, Array]:

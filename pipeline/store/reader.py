@@ -245,11 +245,10 @@ class Store:
     ) -> list[NDArray[np.floating]]:
         """(n, ...) of each layer from one shard."""
         first, last = int(rows.min()), int(rows.max())
+        is_whole = np.array_equal(rows, np.arange(first, last + 1))
         with self._open_features(number) as datasets:
-            found = [datasets[name][first : last + 1, view] for name in layers]
-        if np.array_equal(rows, np.arange(first, last + 1)):
-            return found
-        return [block[rows - first] for block in found]
+            stretches = (datasets[name][first : last + 1, view] for name in layers)
+            return [found if is_whole else found[rows - first] for found in stretches]
 
     def _open_features(self, number: int) -> AbstractContextManager[dict[str, Dataset]]:
         """The datasets of one shard, whose bytes are checked when first used."""

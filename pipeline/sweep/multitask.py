@@ -317,7 +317,7 @@ class _MultiTask:
         scaler = fit_scaler(inputs.X[protocol.train], best.candidate.scaling, inputs.widths)
         head = multitask_class(self.head)(**self.params(best.setting))
         try:
-            head.fit(scaler(inputs.X[protocol.refit]), self.codes[protocol.refit])
+            head.fit(scaler.rows(inputs.X, protocol.refit), self.codes[protocol.refit])
         except FIT_ERRORS as error:
             raise RefitError.of(best.candidate, len(protocol.refit), error) from error
         tasks = tuple(column.task for column in self.columns)

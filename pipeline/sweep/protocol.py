@@ -142,6 +142,9 @@ def group_folds(
         groups: (n_samples,).
         n_folds: at most; as many as there are groups where there are fewer.
         seed: of the assignment.
+
+    Returns:
+        None at all where there is one group, or one sample of every class.
     """
     n_folds = min(n_folds, len(set(groups[rows])))
     if n_folds < 2:
@@ -149,6 +152,8 @@ def group_folds(
     ordered = np.array(sorted(rows, key=lambda row: str(ids[row])), dtype=np.intp)
     codes = np.unique(labels[ordered], return_inverse=True)[1]
     n_folds = min(n_folds, int(np.bincount(codes).max()))
+    if n_folds < 2:
+        return []
     parts = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
     return [
         Fold(np.sort(ordered[fit]), np.sort(ordered[choose]))

@@ -157,8 +157,10 @@ class Search:
                 fresh.append(candidate)
         for (layers, scaling), group in groupby(sorted(fresh, key=_frame), key=_frame):
             some = list(group)
-            matrix = self._matrix((layers, scaling), some[0].head)
-            for trial, probabilities in try_candidates(some, matrix):
+            # The matrix has no name here: it must be gone when the next one is made.
+            for trial, probabilities in try_candidates(
+                some, self._matrix((layers, scaling), some[0].head)
+            ):
                 if self.journal is not None:
                     self.journal.add(self.data.seed, trial)
                 yield trial, probabilities

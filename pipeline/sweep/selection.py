@@ -75,7 +75,7 @@ def scale(
     scaler = fit_scaler(plain_view(X)[learned_on], scaling, widths)
     chosen = np.concatenate([fold.choose for fold in folds])
     return Scaled(
-        scaler(X[used]),
+        scaler.rows(X, used),
         codes[used],
         tuple(
             Fold(np.searchsorted(used, fold.fit), np.searchsorted(used, fold.choose))
@@ -182,7 +182,7 @@ def refit(
     X = inputs.matrix(HEADS[candidate.head].views)
     head = make_head(candidate.head, **candidate.setting)
     try:
-        fit_on(head, scaler(X[protocol.refit]), codes[protocol.refit])
+        fit_on(head, scaler.rows(X, protocol.refit), codes[protocol.refit])
     except FIT_ERRORS as error:
         raise RefitError.of(candidate, len(protocol.refit), error) from error
     return HeadModel(scaler, head, best.temperature, tuple(classes))

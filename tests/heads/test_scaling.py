@@ -59,6 +59,26 @@ def test_scaling_leaves_its_input_alone_and_comes_back_from_arrays(X, kind):
     assert scaler(X) is not X
 
 
+@pytest.mark.parametrize("kind", ["standardise", "l2", "none"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_some_rows_and_halves_are_scaled_as_all_are(X, kind, dtype, monkeypatch):
+    monkeypatch.setattr("pipeline.heads.scaling._BLOCK_ROWS", 7)
+    X = X.astype(dtype)
+    scaler = fit_scaler(X.astype(np.float32), kind, (3, 3))
+    expected = scaler(X.astype(np.float32))
+    rows = np.array([99, 0, 3, 3, *range(20, 60)])
+    out = np.empty((10, 6), np.float32)
+    locked = X.copy()
+    locked.flags.writeable = False
+
+    np.testing.assert_array_equal(scaler(X), expected)
+    np.testing.assert_array_equal(scaler(X[::-2]), expected[::-2])
+    np.testing.assert_array_equal(scaler(locked), expected)
+    np.testing.assert_array_equal(scaler.rows(X, rows), expected[rows])
+    assert scaler(X[:10], out=out) is out
+    np.testing.assert_array_equal(out, expected[:10])
+
+
 def test_unknown_scaling_offers_close_ones(X):
     with pytest.raises(UnknownNameError, match="Did you mean: standardise"):
         fit_scaler(X, "standardize")

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.commands.sweep_options import parse_size
 from pipeline.errors import MismatchError, ResourceError, StoreError, TlpipeError, UsageError
+from pipeline.heads.scaling import SCALINGS
 from pipeline.heads.streaming.ridge import solve_ridge
 from pipeline.runs.bundle import load_bundle
 from pipeline.sweep import fit, stream
@@ -537,17 +538,20 @@ def test_one_scaled_copy_at_a_time_where_memory_is_limited(tmp_path, monkeypatch
         tmp_path / "s", {"penultimate": X}, {"label": labels}, splits_of(900, 300, 300)
     )
 
-    def peak_bytes(memory_limit):
+    def peak_bytes(scaling, memory_limit=None):
         tracemalloc.start()
-        run = fit_head(made, head="prototype", scaling="auto", memory_limit=memory_limit)
+        run = fit_head(made, head="linear", scaling=scaling, memory_limit=memory_limit)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak, [(trial.candidate, trial.scores) for trial in run.trials]
 
-    peak_bytes(None)  # what is loaded stays
-    plain, expected = peak_bytes(None)
-    sparing, found = peak_bytes(1e12)
+    peak_bytes("none")  # what is loaded stays
+    alone = max(peak_bytes(scaling)[0] for scaling in SCALINGS)
+    all_kept, expected = peak_bytes("auto")
+    sparing, found = peak_bytes("auto", 1e12)
 
     assert found == expected
-    assert len(found) > 1
-    assert sparing < plain - 0.8 * (1200 * 400 * 4)
+    assert len({candidate.scaling for candidate, _ in found}) > 1
+    copy_bytes = 1200 * 400 * 4
+    assert all_kept > alone + 0.5 * copy_bytes
+    assert sparing < alone + 0.2 * copy_bytes

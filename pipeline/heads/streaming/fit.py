@@ -86,7 +86,7 @@ class MemoryPlan:
         """Part ``room`` bytes."""
         table = 8.0 * n_features * n_classes
         square = 8.0 * n_features**2
-        row = 40.0 * n_features + (64 + 4 * n_settings) * n_classes
+        row = 56.0 * n_features + (64 + 4 * n_settings) * n_classes
         kept = table * (n_parts + 1 + n_settings * max(1, n_parts - 1) / 2)
         vectors = _VECTORS.get(name, 0) * (table / 2 + 4 * n_classes)
         held_row = 0.0

@@ -22,7 +22,7 @@ from pipeline.store import open_store
 
 Indices = NDArray[np.intp]
 
-_BLOCK_ROWS = 8192
+_BLOCK_ROWS = 4096
 
 
 class StoredSamples:

@@ -26,8 +26,8 @@ class StoredRows:
 
     Args:
         features: where they are.
-        block_rows: rows of the files that a block spans at most. Those that nobody asked for
-            count, since they are read too.
+        block_rows: rows of a block at most. The files are read some blocks at a time, and rows
+            that nobody asked for are read with the others.
 
     Attributes:
         n_passes: how often all rows, or some of them, were gone through.
