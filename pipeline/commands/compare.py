@@ -104,7 +104,7 @@ def command(targets: tuple[str, ...], as_json: bool, quiet: bool, **options: Any
     with the lines of that column only.
 
     After Ctrl-C the same command goes on. The exit code is 3 where images were skipped, or where a
-    head or a policy failed and the others were compared.
+    head, a policy or a fit with fewer samples failed and the others were compared.
 
     \b
     Examples:
@@ -219,14 +219,14 @@ def _compare_data(
 
 
 def _tell_missing(console: Console, outcome: Outcome) -> None:
-    """Which images were skipped, and which runs are not there; the latter is never silent."""
+    """Which images were skipped, and what failed; the latter is never silent."""
     skipped = list(outcome.skipped.items())
     for name, why in skipped[:SHOWN_FAILURES]:
         console.note(f"Skipped {printable(name)}: {printable(why)}")
     if len(skipped) > SHOWN_FAILURES:
         console.note(f"  … and {len(skipped) - SHOWN_FAILURES:,} more, all in run.json.")
     for name, why in outcome.failures.items():
-        click.echo(f"Error: {printable(name)} has no run: {why}", err=True)
+        click.echo(f"Error: {printable(name)} failed: {why}", err=True)
 
 
 def _tell_epoch(console: Console, entry: dict[str, Any]) -> None:

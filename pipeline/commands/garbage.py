@@ -20,7 +20,12 @@ from filelock import FileLock, Timeout
 from pipeline.data.names import counted, to_id
 from pipeline.data.written import MARKER
 from pipeline.errors import StoreError, TlpipeError
-from pipeline.runs.folder import CHECKPOINT_FILE, METRICS_FILE, TRAINING_PREFIX
+from pipeline.runs.folder import (
+    CHECKPOINT_FILE,
+    COMPARISON_PREFIX,
+    METRICS_FILE,
+    TRAINING_PREFIX,
+)
 from pipeline.store.compact import count_unused_rows
 from pipeline.store.durable import TEMPORARY_SUFFIX, write_error
 from pipeline.store.leftovers import (
@@ -95,8 +100,8 @@ class Rules:
 
     Attributes:
         runs: the runs that may use it.
-        max_age_days: stores and trainings that were last used before are garbage; None for no such
-            age.
+        max_age_days: stores, trainings and comparisons that were last used before are garbage;
+            None for no such age.
     """
 
     runs: Sequence[RunUse] = ()
@@ -192,6 +197,46 @@ def _examine_training(folder: Path, rules: Rules) -> Found:
         return _folder_found(folder, "old training", why, delete)
     why += "; its command goes on with --resume"
     return _folder_found(folder, "unfinished training", why, remedy=remedy)
+
+
+def collect_comparisons(
+    runs: Path, rules: Rules, *, delete: bool = False, note: Callable[[str], None]
+) -> list[Found]:
+    """What stopped comparisons have written down, in a folder of runs and in the folders in it.
+
+    It is garbage only when it is older than ``rules`` allow: until then the same command goes on
+    with it. One that is going on loses nothing but that, and writes it anew.
+
+    Args:
+        runs: the runs' folder.
+        rules: what decides whether one is kept.
+        delete: delete the garbage.
+        note: is told what was passed over, and why.
+
+    Raises:
+        StoreError: something cannot be deleted; what was deleted before is gone.
+    """
+    name = f"{COMPARISON_PREFIX}*.json"
+    found: list[Found] = []
+    for path in sorted((*runs.glob(name), *runs.glob(f"*/{name}"))):
+        if path.is_symlink() or not path.is_file():
+            continue
+        try:
+            age_days = (time.time() - path.stat().st_mtime) / DAY_SECONDS
+            size_bytes = path.stat().st_size
+        except OSError as error:
+            note(f"{path} was passed over: {error.strerror or error}")
+            continue
+        why = f"a comparison that was left unfinished {counted(int(age_days), 'day')} ago"
+        if rules.max_age_days is None or age_days <= rules.max_age_days:
+            why, remedy = f"{why}; its command goes on with it", f"rm {_quoted(path)}"
+            found.append(Found(path, "unfinished comparison", why, size_bytes, remedy))
+            continue
+        one = Found(path, "old comparison", why, size_bytes, delete=partial(_delete_files, [path]))
+        if delete and one.delete is not None:
+            one.delete()
+        found.append(one)
+    return found
 
 
 def _folders(parent: Path, note: Callable[[str], None]) -> list[Path]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     "--older-than",
     type=click.IntRange(min=1),
     metavar="DAYS",
-    help="Also stores and unfinished trainings that nothing used for so long.",
+    help="Also stores, unfinished trainings and comparisons that nothing used for so long.",
 )
 @click.option("--delete", is_flag=True, help="Delete what is found, instead of listing it.")
 @output_options
@@ -47,9 +47,10 @@ def command(
 
     Found are files that killed processes left behind, damaged files that `tlpipe verify` set aside,
     stores whose data root is gone, written-out data sets that no store is made of, and stopped
-    trainings in --runs. Kept are stores that a run in --runs was fitted on and trainings that
-    --resume can go on with (but for --older-than), stores that are being written or are damaged,
-    and whatever tlpipe has not made itself. Nothing is deleted without --delete.
+    trainings and comparisons in --runs. Kept are stores that a run in --runs was fitted on, and
+    trainings and comparisons that can be gone on with (but for --older-than), stores that are being
+    written or are damaged, and whatever tlpipe has not made itself. Nothing is deleted without
+    --delete.
 
     \b
     Examples:
@@ -58,7 +59,12 @@ def command(
       tlpipe gc --older-than 90 --delete
     """
     console = Console(as_json=as_json, quiet=quiet)
-    from pipeline.commands.garbage import Rules, collect, collect_trainings
+    from pipeline.commands.garbage import (
+        Rules,
+        collect,
+        collect_comparisons,
+        collect_trainings,
+    )
 
     notes: list[str] = []
 
@@ -73,6 +79,7 @@ def command(
     else:
         note(f"There is no cache in {cache_dir} yet.")
     found += collect_trainings(runs_dir, rules, delete=delete, note=note)
+    found += collect_comparisons(runs_dir, rules, delete=delete, note=note)
     garbage = [one for one in found if one.delete is not None]
     others = [one for one in found if one.delete is None]
     size_bytes = sum(one.size_bytes for one in garbage)

@@ -439,7 +439,7 @@ def stored_data(
     )  # fmt: skip
     files = {sample.id: sample.file for sample in source.samples}
     data = TrainingData(
-        *plan_training(inputs, store.split_origin, settings.seed, groups),
+        *plan_training(inputs, store.split_origin, settings, groups),
         Images([files[name] for name in inputs.ids], n_threads=1),
         {"name": source.name, "spec": source.spec, "layout": source.layout},
         failed,

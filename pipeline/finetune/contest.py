@@ -22,8 +22,8 @@ from pipeline.finetune.by_size import (
     Few,
     frozen_curve,
     joined,
-    n_per_class_at_most,
     plan_few,
+    point_of_all,
 )
 from pipeline.finetune.checkpoint import StoppedError
 from pipeline.finetune.data import check_group_column, choose_columns
@@ -31,7 +31,15 @@ from pipeline.finetune.fit import AUTO, FRESH, NONE, Watcher, finetune
 from pipeline.finetune.policies import check_fits
 from pipeline.finetune.settings import Settings, check_policy
 from pipeline.runs.comparison import Comparison, compare_runs
-from pipeline.runs.folder import RUN_FILE, RUN_FORMAT_VERSION, read_json, read_run, write_json
+from pipeline.runs.folder import (
+    COMPARISON_PREFIX,
+    RUN_FILE,
+    RUN_FORMAT_VERSION,
+    TRAINING_PREFIX,
+    read_json,
+    read_run,
+    write_json,
+)
 from pipeline.store.durable import replacing
 from pipeline.sweep.prepare import Prepared, plan
 from pipeline.sweep.sizes import SizePoint
@@ -45,6 +53,7 @@ if TYPE_CHECKING:
 
 POLICIES = ("head", "last:1", "full", "scratch")
 _OF_CURVE = "full"
+_SCRATCH = "scratch"
 _FRESH = ":fresh"
 _FORMAT = "tlpipe-contest"
 
@@ -92,23 +101,31 @@ class Contest:
         """
         for policy in self.policies:
             check_policy(policy.removesuffix(_FRESH))
+        if f"{_SCRATCH}{_FRESH}" in self.policies:
+            raise UsageError(
+                f"{_SCRATCH} always starts from a fresh head, so {_SCRATCH}{_FRESH} is no other "
+                f"policy.\n  Name {_SCRATCH} alone."
+            )
         if len(self.heads) + len(self.policies) < 2 or not self.backbones:
             raise UsageError("A comparison needs a backbone, and two heads or policies.")
         if self.heads:
             Plan(self.heads, grid=self.grid)
 
-    @property
-    def has_tuned_curve(self) -> bool:
-        """Whether there are trainings with fewer samples."""
-        return self.sizes and _OF_CURVE in self.policies
+    def few(self, data: Prepared, epochs: int) -> list[Few]:
+        """Trainings with fewer samples, where one with all of them has so many epochs."""
+        if not self.sizes or _OF_CURVE not in self.policies:
+            return []
+        return plan_few(data, self.training.batch_size, epochs)
 
-    @property
-    def training_seconds(self) -> float | None:
-        """A training's part of the budget; those with fewer samples together have one, too."""
+    def training_seconds(self, n_curves: int) -> float | None:
+        """A training's part of the budget.
+
+        Args:
+            n_curves: trainings with fewer samples, those of one backbone together, have one too.
+        """
         if self.budget_seconds is None:
             return None
-        n_parts = len(self.policies) + self.has_tuned_curve
-        return self.budget_seconds / (n_parts * len(self.backbones))
+        return self.budget_seconds / (len(self.policies) * len(self.backbones) + n_curves)
 
     def backbone(self, name: str) -> Backbone:
         """One of the networks, with the weights that all policies but scratch start from."""
@@ -142,7 +159,8 @@ class Outcome:
         comparison: of all runs.
         paths: of all runs.
         sizes: accuracy by the number of training samples.
-        failures: why a head or a policy has no run, by its name and backbone.
+        failures: why a head, a policy or a fit with fewer samples failed, by its name and
+            backbone.
         skipped: why images were left out, by id.
         seconds: of all of it, since the last time that it was taken up.
     """
@@ -218,6 +236,11 @@ def hold_contest(
     if any(report.interrupted for report in reports):
         raise StoppedError("Stopped while images were embedded; those that were are kept.")
     stores = {name: report.store for name, report in zip(contest.backbones, reports, strict=True)}
+    data = {
+        name: plan(store, label=contest.label, groups=contest.groups, seed=contest.seed)
+        for name, store in stores.items()
+    }
+    n_curves = sum(bool(contest.few(one, contest.training.epochs)) for one in data.values())
     stage = _Stage(
         source,
         contest,
@@ -226,19 +249,21 @@ def hold_contest(
         command,
         on_note,
         replace(watcher or Watcher(), should_stop=should_stop),
-        _Record(out, contest, stores),
+        _Record(out, contest, stores, data),
+        data,
+        contest.training_seconds(n_curves),
     )
     for report in reports:
         stage.skipped |= report.failures
     for name, store in stores.items() if contest.heads else ():
         stage.take("frozen", name, partial(stage.frozen, store, name))
         if contest.sizes:
-            stage.frozen_with_fewer(store, name)
+            stage.frozen_with_fewer(name)
     for name in contest.backbones:
         for policy in contest.policies:
             stage.take(policy, name, partial(stage.fine_tuned, name, policy))
-    for name, store in stores.items() if contest.has_tuned_curve else ():
-        stage.tuned_with_fewer(store, name)
+    for name in contest.backbones:
+        stage.tuned_with_fewer(name)
     return stage.outcome(time.perf_counter() - started)
 
 
@@ -248,6 +273,8 @@ class _Stage:
 
     Attributes:
         record: what is done.
+        data: who trains and who scores, by backbone.
+        seconds: a training's part of the budget; None for as long as it takes.
         parts: what is done, in order, by what it is.
         failures, skipped: see :class:`Outcome`.
     """
@@ -260,34 +287,41 @@ class _Stage:
     note: Callable[[str], None]
     watcher: Watcher
     record: _Record
+    data: dict[str, Prepared]
+    seconds: float | None
     parts: dict[str, _Part] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def take(self, what: str, name: str, do: Callable[[], _Part]) -> None:
-        """Do one part of the contest, or take it from the record."""
+        """Do one part of the contest, or take it from the record.
+
+        Raises:
+            StoppedError: the user asked to stop.
+        """
         key = _key(what, name)
         if part := self.record.part(key):
             self.note(f"Taken up: {key} is done.")
             self.parts[key] = part
             return
-        self.check_stop()
         n_failed = len(self.failures)
         try:
+            self.check_stop()
             self.parts[key] = do()
-        except StoppedError:
-            raise
+        except (StoppedError, _AskedToStopError) as stop:
+            # What a part says of itself, that nothing of it was kept, is not true of the rest.
+            raise StoppedError(f"Stopped at {key}; the parts that were done are kept.") from stop
         except TlpipeError as error:
             self.failures[key] = str(error)
         for failed, why in list(self.failures.items())[n_failed:]:
-            self.note(f"{failed} has no run: {why.splitlines()[0]}")
+            self.note(f"{failed} failed: {why.splitlines()[0]}")
         if len(self.failures) == n_failed:
             self.record.add(key, self.parts[key])
 
     def check_stop(self) -> None:
-        """Raise StoppedError where the user asked to stop."""
+        """Raise where the user asked to stop."""
         if self.watcher.should_stop():
-            raise StoppedError("Stopped; the runs that were done are kept.")
+            raise _AskedToStopError
 
     def frozen(self, store: Path, name: str) -> _Part:
         """Every head on the features of one backbone, each a run of its own."""
@@ -296,34 +330,24 @@ class _Stage:
         def told(run: Any) -> None:
             self.note(f"{name}, {run.head}: {run.metrics.get('top1', 'not scored')}")
 
-        def tried(_: object) -> None:
-            if self.watcher.should_stop():
-                raise _HeadsStoppedError
-
-        try:
-            found = sweep(
-                store,
-                Plan(contest.heads, grid=contest.grid, seed=contest.seed),
-                label=contest.label,
-                groups=contest.groups,
-                out=self.out,
-                resume=True,
-                on_note=self.note,
-                on_trial=tried,
-                on_head=told,
-            )
-        except _HeadsStoppedError as error:
-            raise StoppedError(
-                f"Stopped while heads were fitted on {name}; what was tried is kept."
-            ) from error
+        found = sweep(
+            store,
+            Plan(contest.heads, grid=contest.grid, seed=contest.seed),
+            label=contest.label,
+            groups=contest.groups,
+            out=self.out,
+            resume=True,
+            on_note=self.note,
+            on_trial=lambda _: self.check_stop(),
+            on_head=told,
+        )
         self.failures |= {f"{head} ({name})": why for head, why in found.failures.items()}
         runs = [result.run.save(self.out, command=self.command) for result in found.results]
         return _Part(runs, best=found.recommended()[0].run.best)
 
-    def frozen_with_fewer(self, store: Path, name: str) -> None:
+    def frozen_with_fewer(self, name: str) -> None:
         """The best head with fewer samples, where there is a test split to score it on."""
-        found = self.parts.get(_key("frozen", name))
-        data = self.plan(store)
+        found, data = self.parts.get(_key("frozen", name)), self.data[name]
         if found is None or found.best is None or not len(data.protocol.test):
             return
         best = found.best
@@ -334,11 +358,6 @@ class _Stage:
 
         self.take("frozen, with fewer samples", name, fit)
 
-    def plan(self, store: Path) -> Prepared:
-        """Who trains and who scores in the contest."""
-        contest = self.contest
-        return plan(store, label=contest.label, groups=contest.groups, seed=contest.seed)
-
     def fine_tuned(self, name: str, policy: str) -> _Part:
         """One policy on one backbone."""
         contest = self.contest
@@ -346,12 +365,17 @@ class _Stage:
             contest.training,
             policy=policy.removesuffix(_FRESH),
             seed=contest.seed,
-            budget_seconds=contest.training_seconds,
+            budget_seconds=self.seconds,
         )
         self.note(f"Fine-tuning {name}, {policy}")
         init_head = NONE if policy.endswith(_FRESH) else AUTO
         run = self.train(self.source, name, settings, self.watcher, init_head)
         self.skipped |= run.failures
+        if run.head == FRESH and f"{policy}{_FRESH}" in contest.policies:
+            self.note(
+                f"No run of a head suits {name}, so {policy} started from a fresh head and is the "
+                f"same training as {policy}{_FRESH}."
+            )
         return _Part([run.save(command=self.command)])
 
     def train(
@@ -373,36 +397,45 @@ class _Stage:
             out=self.out,
             cache_dir=self.cache_dir,
             # Where nothing was left unfinished, there is nothing to say about taking it up.
-            resume=any(self.out.glob(".finetune-*")),
+            resume=any(self.out.glob(f"{TRAINING_PREFIX}*")),
             watcher=watcher,
         )
 
-    def tuned_with_fewer(self, store: Path, name: str) -> None:
-        """Training everything on fewer samples, with the learning rate of all samples."""
-        found = self.parts.get(_key(_OF_CURVE, name))
-        if found is None:
+    def tuned_with_fewer(self, name: str) -> None:
+        """Training everything on fewer samples, with the learning rate of all samples.
+
+        All of these samples train, and the last state is kept: so few have none to spare that
+        would choose an epoch well.
+        """
+        contest, data, found = self.contest, self.data[name], self.parts.get(_key(_OF_CURVE, name))
+        if found is None or not len(data.protocol.test):
             return
-        data, run = self.plan(store), read_run(found.runs[0])
+        run = read_run(found.runs[0])
+        n_done = max(1, run["curve"][-1]["epoch"])  # fewer, where the time or the patience was up
+        whole = point_of_all(data, run["n_fit"], run["metrics"]["test"]["top1"]["value"])
+        planned = [few for few in contest.few(data, n_done) if few.n_per_class < whole.n_per_class]
+        timed = self.seconds is not None
         settings = replace(
-            self.contest.training, policy=_OF_CURVE, seed=self.contest.seed, lr=run["lr"]
-        )
-        planned = plan_few(data, settings.batch_size)
-        if not planned:
-            return
+            contest.training, policy=_OF_CURVE, seed=contest.seed, lr=run["lr"], hold_out=False,
+            epochs=contest.training.epochs if timed else n_done,
+        )  # fmt: skip
+        epochs = counted(settings.epochs, "epoch")
+        if timed:
+            epochs = f"at most {epochs} or a share of the budget"
         curve = Curve(
             f"fine-tuning, {_OF_CURVE} ({name})",
-            f"of {settings.epochs} epochs at learning rate {settings.lr:g}, that of all samples",
+            f"each of {epochs} at learning rate {settings.lr:g}, that of all samples, the last "
+            "state kept; the last point is the run of the table, whose epoch other samples chose",
         )
+        keys = []
         for few in planned:
-            seconds = self.contest.training_seconds
-            if seconds is not None:
-                seconds *= few.share / sum(other.share for other in planned)
+            seconds = None if self.seconds is None else self.seconds * few.share
             mine = replace(settings, batch_size=few.batch_size, budget_seconds=seconds)
             what = f"{_OF_CURVE} with {few.n_per_class} a class, draw {few.draw + 1}"
             self.take(what, name, partial(self.tuned_few, name, few, data, mine, curve))
-        top1 = run["metrics"]["test"]["top1"]["value"]
-        whole = SizePoint(n_per_class_at_most(data), len(data.protocol.refit), (top1,))
-        self.parts[curve.name] = _Part(curves=[replace(curve, points=(whole,))])
+            keys.append(_key(what, name))
+        if any(key in self.parts for key in keys):
+            self.parts[curve.name] = _Part(curves=[replace(curve, points=(whole,))])
 
     def tuned_few(
         self, name: str, few: Few, data: Prepared, settings: Settings, curve: Curve
@@ -412,7 +445,6 @@ class _Stage:
         Raises:
             TlpipeError: its head could not be fitted on these samples alone.
         """
-        started = time.perf_counter()
         quiet = replace(self.watcher, note=lambda _: None, on_epoch=lambda _: None)
         run = self.train(few.source(self.source, data), name, settings, quiet)
         run.checkpoint.remove()
@@ -424,7 +456,8 @@ class _Stage:
         top1 = run.scores["test"]["top1"].value
         self.note(f"{name}, {_OF_CURVE} with {counted(len(few.ids), 'sample')}: {top1:.3f}")
         point = SizePoint(few.n_per_class, len(few.ids), (top1,))
-        seconds = time.perf_counter() - started
+        # The run's own count, as it knows what was trained before it was taken up.
+        seconds = run.seconds["total"]
         return _Part(curves=[replace(curve, points=(point,), n_fits=1, seconds=seconds)])
 
     def outcome(self, seconds: float) -> Outcome:
@@ -449,8 +482,8 @@ class _Stage:
         return Outcome(comparison, paths, sizes, self.failures, self.skipped, seconds)
 
 
-class _HeadsStoppedError(KeyboardInterrupt):
-    """Ends a sweep, which takes every ordinary error for a head that failed."""
+class _AskedToStopError(KeyboardInterrupt):
+    """Ends a sweep too, which takes every ordinary error for a head that failed."""
 
 
 @dataclass(frozen=True)
@@ -496,25 +529,28 @@ class _Record:
         out: folder of the runs.
         contest: the contest.
         stores: of its features, by backbone; another contest or other data has another file.
+        data: who trains and who scores, by backbone.
     """
 
-    def __init__(self, out: Path, contest: Contest, stores: Mapping[str, Path]) -> None:
-        keys = [
-            plan(store, label=contest.label, groups=contest.groups, seed=contest.seed).key()
-            for store in stores.values()
-        ]
+    def __init__(
+        self, out: Path, contest: Contest, stores: Mapping[str, Path], data: Mapping[str, Prepared]
+    ) -> None:
+        keys = [one.key() for one in data.values()]
         facts = json.dumps([asdict(contest), [str(s) for s in stores.values()], keys])
-        self._path = out / f".compare-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.json"
+        self._path = (
+            out / f"{COMPARISON_PREFIX}{hashlib.sha256(facts.encode()).hexdigest()[:12]}.json"
+        )
         self._parts: dict[str, Any] = {}
         if self._path.is_file():
             self._parts = read_json(self._path, _FORMAT)["parts"]
 
     def part(self, key: str) -> _Part | None:
-        """What was done, if all of its runs are still there."""
-        found = self._parts.get(key)
-        if found is None or not all(Path(run, RUN_FILE).is_file() for run in found["runs"]):
+        """What was done, if all of its runs are still there and this release understands it."""
+        try:
+            part = _Part.from_dict(self._parts[key])
+        except (KeyError, TypeError, ValueError):
             return None
-        return _Part.from_dict(found)
+        return part if all(Path(run, RUN_FILE).is_file() for run in part.runs) else None
 
     def add(self, key: str, part: _Part) -> None:
         """Write down what was done.

@@ -133,7 +133,7 @@ def load_data(
         columns=labels if len(labels) > 1 else {},
     )
     return TrainingData(
-        *plan_training(inputs, source.split_origin, settings.seed, groups),
+        *plan_training(inputs, source.split_origin, settings, groups),
         images,
         {"name": source.name, "spec": source.spec, "layout": source.layout},
         {chosen[row].id: why for row, why in failed.items()},
@@ -205,7 +205,7 @@ def group_names(ids: Iterable[str], values: Iterable[str | None]) -> Array:
 
 
 def plan_training(
-    inputs: HeadInputs, split_origin: str, seed: int, groups: str | None = None
+    inputs: HeadInputs, split_origin: str, settings: Settings, groups: str | None = None
 ) -> tuple[Prepared, tuple[LabelColumn, ...]]:
     """Class codes and protocol, as heads have them, but for the part that chooses.
 
@@ -215,12 +215,13 @@ def plan_training(
     Args:
         inputs: labelled samples.
         split_origin: how their splits came about.
-        seed: of what is held out.
+        settings: seed of what is held out, and whether anything is.
         groups: column that the groups are from, where samples have some.
 
     Raises:
         DataError: no train split, too few classes, or given splits that part a group.
     """
+    seed = settings.seed
     if inputs.groups is not None and split_origin.startswith("made: "):
         splits = split_by_group(inputs.ids, inputs.labels, inputs.splits, inputs.groups, seed=seed)
         split_origin = f"made: a fifth of the groups of {groups} held out for test, seed {seed}"
@@ -232,6 +233,8 @@ def plan_training(
     columns = tuple(LabelColumn.of(name, column, protocol) for name, column in labels.items())
     if protocol.kind == "folds":
         protocol = _one_holdout(protocol, inputs, seed)
+    if protocol.kind == "holdout" and not settings.hold_out:
+        protocol = replace(protocol, folds=(), kind="none", chosen_by="nothing (as asked for)")
     if protocol.kind == "holdout" and not _leaves_two_classes(protocol.folds[0], columns):
         nothing = "nothing (no class has a sample to spare)"
         protocol = replace(protocol, folds=(), kind="none", chosen_by=nothing)
@@ -323,7 +326,7 @@ def training_notes(data: TrainingData) -> list[str]:
         notes += _unlearned_notes(column, data.fold, where)
     if samples.protocol.kind == "none":
         notes.append(
-            "No sample could be held out: the state after the last epoch was kept, and a learning "
+            "No sample was held out: the state after the last epoch was kept, and a learning "
             "rate that is not given is chosen by the training loss."
         )
     if not len(samples.protocol.test):

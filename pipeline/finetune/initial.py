@@ -42,6 +42,9 @@ _USABLE = "logreg, linear, ridge, mlp, and svm with a linear kernel"
 # An output that nothing has taught begins so far below the least of the others.
 _UNSEEN_BELOW = 10.0
 
+_USUAL = 0.75
+"""Quantile of the features' deviations that a fitted head divides by at least."""
+
 
 @dataclass(frozen=True)
 class InitialHead:
@@ -375,8 +378,9 @@ def _steady(scaler: Scaler, X: Array) -> Scaler:
     varies = np.ptp(X, axis=0) > 0
     if not varies.any():
         return scaler
-    # The median: a mean would be that of the few loud features that some networks have.
-    return replace(scaler, scale=np.maximum(scaler.scale, np.median(scaler.scale[varies])))
+    # Not their mean, which would be that of the few loud features that some networks have.
+    usual = np.quantile(scaler.scale[varies], _USUAL)
+    return replace(scaler, scale=np.maximum(scaler.scale, usual))
 
 
 def _places(

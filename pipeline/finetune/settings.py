@@ -61,6 +61,8 @@ class Settings:
         precision: "auto", "fp32", "bf16" or "fp16", of training; scores are in float32.
         channels_last: memory format of the images and convolutions.
         compile: whether torch.compile makes a program of the network.
+        hold_out: whether a part of train is held out to choose the epoch where there is no val
+            split; else all of it trains, and the last state is kept.
         seed: of everything random.
         budget_seconds: for search and training together; None for as long as it takes.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
@@ -99,6 +101,7 @@ class Settings:
     precision: str = "auto"
     channels_last: bool = True
     compile: bool = False
+    hold_out: bool = True
     seed: int = 0
     budget_seconds: float | None = None
 

@@ -59,7 +59,7 @@ def compare_page(document: Mapping[str, Any]) -> str:
         confusion_plot(figure, confusion)
         page.plot(figure)
     notes = [*document["notes"]]
-    notes += [f"{name} has no run: {why}" for name, why in document.get("failures", {}).items()]
+    notes += [f"{name} failed: {why}" for name, why in document.get("failures", {}).items()]
     skipped = list(document.get("skipped", {}).items())
     notes += [f"Skipped {name}: {why}" for name, why in skipped[:_SHOWN_FAILURES]]
     if len(skipped) > _SHOWN_FAILURES:
@@ -220,27 +220,41 @@ def _curves(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
 
 def size_words(curve: Mapping[str, Any]) -> str:
     """Accuracy by training samples a class, and what finding it out took."""
-    points = ", ".join(f"{p['n_per_class']:,}: {p['mean']:.3f}" for p in curve["points"])
+    points = ", ".join(f"{p['n_per_class']:,}: {_point_text(p)}" for p in curve["points"])
     n_fits = curve["n_fits"]
     return (
-        f"{curve['name']}, accuracy by training samples a class: {points}. Beside the table: "
-        f"{n_fits:,} fit{'s' if n_fits != 1 else ''} {curve['how']}, "
-        f"{seconds_text(curve['seconds'])}."
+        f"{curve['name']}, accuracy by training samples a class (mean ± 95 % over draws of "
+        f"samples): {points}. Beside the table: "
+        f"{n_fits:,} fit{'s' if n_fits != 1 else ''} in {seconds_text(curve['seconds'])}, "
+        f"{curve['how']}."
     )
+
+
+def _point_text(point: Mapping[str, Any]) -> str:
+    """A mean with half the width of its interval; of a single draw there is none."""
+    if point["low"] is None:
+        return f"{point['mean']:.3f} (1 draw)"
+    # The longer side: the other one may end at 0 or 1.
+    half = max(point["high"] - point["mean"], point["mean"] - point["low"])
+    return f"{point['mean']:.3f} ± {half:.3f}"
 
 
 def _sizes(figure: Any, curves: Sequence[Mapping[str, Any]]) -> None:
     """Accuracy by training samples a class."""
     for curve, colour in zip(curves, _COLOURS * 4, strict=False):
         points = curve["points"]
+        sides = [
+            [None if p["low"] is None else abs(p[side] - p["mean"]) for p in points]
+            for side in ("high", "low")
+        ]
         figure.add_scatter(
             x=[point["n_per_class"] for point in points],
             y=[point["mean"] for point in points],
             error_y={
                 "type": "data",
                 "symmetric": False,
-                "array": [point["high"] - point["mean"] for point in points],
-                "arrayminus": [point["mean"] - point["low"] for point in points],
+                "array": sides[0],
+                "arrayminus": sides[1],
                 "thickness": 1.2,
             },
             mode="lines+markers",
@@ -248,7 +262,7 @@ def _sizes(figure: Any, curves: Sequence[Mapping[str, Any]]) -> None:
             line={"color": colour},
         )
     counts = sorted({point["n_per_class"] for curve in curves for point in curve["points"]})
-    _layout(figure, "training samples a class", "accuracy on test, mean and 95 %")
+    _layout(figure, "training samples a class", "accuracy on test, mean and 95 % over draws")
     figure.update_xaxes(type="log", tickvals=counts, ticktext=[f"{n:,}" for n in counts])
 
 

@@ -23,6 +23,9 @@ METRICS_FILE = "metrics.jsonl"
 TRAINING_PREFIX = ".finetune-"
 CHECKPOINT_FILE = "checkpoint.pt"
 
+# What of a comparison is done, until all of it is.
+COMPARISON_PREFIX = ".compare-"
+
 _MAX_JSON_BYTES = 256_000_000
 _TRIES = 100
 

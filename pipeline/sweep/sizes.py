@@ -36,19 +36,23 @@ class SizePoint:
     draws: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """With mean and its 95 % interval (Student's t over the draws), for JSON."""
-        mean = float(np.mean(self.draws))
-        half = 0.0
+        """With the mean and the 95 % interval that the choice of samples gives it, for JSON.
+
+        The interval is Student's t over the draws, within [0, 1]; a single draw has none. All draws
+        are scored on the same test split: what another split would say is not in it.
+        """
+        mean, low, high = float(np.mean(self.draws)), None, None
         if len(self.draws) > 1:
             spread = float(np.std(self.draws, ddof=1)) / len(self.draws) ** 0.5
             half = float(student.ppf(0.975, len(self.draws) - 1)) * spread
+            low, high = max(mean - half, 0.0), min(mean + half, 1.0)
         return {
             "n_per_class": self.n_per_class,
             "n_samples": self.n_samples,
             "draws": list(self.draws),
             "mean": mean,
-            "low": max(mean - half, 0.0),
-            "high": min(mean + half, 1.0),
+            "low": low,
+            "high": high,
         }
 
 

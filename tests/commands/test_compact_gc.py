@@ -412,6 +412,19 @@ def test_a_training_that_a_process_is_at_is_passed_over(here, tlpipe):
     assert (folder / "checkpoint.pt").exists()
 
 
+def test_an_unfinished_comparison_is_listed_and_goes_when_it_is_old(here, gc):
+    new, old = (Path("runs", "photos", f".compare-{name}.json") for name in ("0123", "4567"))
+    new.parent.mkdir(parents=True)
+    for path, days_old in ((new, 3), (old, 40)):
+        path.write_text("{}")
+        age(path, days_old)
+    assert paths(gc("--delete")["kept"]) == [str(new), str(old)]
+    document = gc("--older-than", 30, "--delete")
+    assert (paths(document["garbage"]), paths(document["kept"])) == ([str(old)], [str(new)])
+    assert "its command goes on with it" in document["kept"][0]["why"]
+    assert (new.exists(), old.exists()) == (True, False)
+
+
 # gc: data sets
 
 

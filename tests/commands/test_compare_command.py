@@ -17,9 +17,10 @@ from pipeline.commands import cli
 from pipeline.data import open_source
 from pipeline.errors import TlpipeError, UsageError
 from pipeline.finetune import by_size
+from pipeline.finetune import contest as contests
 from pipeline.finetune.checkpoint import StoppedError
 from pipeline.finetune.contest import Contest, hold_contest
-from pipeline.finetune.fit import Watcher
+from pipeline.finetune.fit import Watcher, finetune
 from pipeline.finetune.policies import MissingExtraError
 from pipeline.finetune.settings import Settings
 from pipeline.runs.folder import read_run
@@ -77,6 +78,10 @@ def test_a_run_and_something_else_is_refused(runs):
     ("options", "message"),
     [
         (["--policy", "most"], "Unknown policy 'most'"),
+        (
+            ["--policy", "scratch,scratch:fresh"],
+            "scratch:fresh is no other policy.\n  Name scratch",
+        ),
         (["--head", "logistic"], "Unknown head 'logistic'"),
         (["--head", "none", "--policy", "full"], "needs a backbone, and two heads or policies"),
         (["--budget", "soon"], "--budget 'soon': expected a time such as"),
@@ -218,7 +223,7 @@ def test_a_policy_that_fails_is_told_though_quiet_and_the_others_are_compared(ph
     )
 
     assert result.return_value == 3
-    assert "Error: bitfit (pixels) has no run: Policy 'bitfit' finds nothing" in result.stderr
+    assert "Error: bitfit (pixels) failed: Policy 'bitfit' finds nothing" in result.stderr
     document = read_run(Path(result.stdout.splitlines()[-1]))
     assert len(document["lines"]) == 2
     assert list(document["failures"]) == ["bitfit (pixels)"]
@@ -239,7 +244,7 @@ def test_a_contest_that_was_stopped_goes_on_where_it_was(photos):
     epochs = []
     stops = Watcher(on_epoch=lambda entry: epochs.append(entry["epoch"]))
 
-    with pytest.raises(StoppedError, match="all of it is kept"):
+    with pytest.raises(StoppedError, match=r"Stopped at scratch \(resnet18\); the parts that were"):
         # Both epochs of "head" with the state before them, and the first ones of "scratch".
         hold(photos, contest(), watcher=stops, should_stop=lambda: len(epochs) > 4)
     n_before, notes = len(epochs), []
@@ -258,7 +263,7 @@ def test_a_contest_that_was_stopped_goes_on_where_it_was(photos):
 def test_heads_that_were_stopped_are_taken_up(photos):
     told = []
 
-    with pytest.raises(StoppedError, match="Stopped while heads were fitted on resnet18"):
+    with pytest.raises(StoppedError, match=r"Stopped at frozen \(resnet18\); the parts"):
         hold(
             photos, contest(heads=("ridge", "prototype"), policies=()),
             on_note=told.append, should_stop=lambda: bool(told),
@@ -267,7 +272,20 @@ def test_heads_that_were_stopped_are_taken_up(photos):
     assert list(Path("runs").glob(".*"))
 
 
-def test_training_all_of_the_network_has_a_curve_that_the_table_does_not_pay_for(photos):
+@pytest.fixture
+def trained(monkeypatch):
+    """Every run of a training, as it comes about."""
+    found = []
+
+    def spy(*args, **options):
+        found.append(finetune(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(contests, "finetune", spy)
+    return found
+
+
+def test_training_all_of_the_network_has_a_curve_that_the_table_does_not_pay_for(photos, trained):
     epochs = []
     watcher = Watcher(on_epoch=epochs.append)
 
@@ -277,15 +295,18 @@ def test_training_all_of_the_network_has_a_curve_that_the_table_does_not_pay_for
 
     ridge, full = outcome.sizes
     assert (ridge.name, full.name) == (f"ridge ({SMALL})", f"fine-tuning, full ({SMALL})")
-    assert "of 2 epochs at learning rate 0.001" in full.how
+    assert full.how.startswith("each of 2 epochs at learning rate 0.001")
     (run,) = (path for path in outcome.paths if "finetune" in path.name)
     document = read_run(run)
     few, whole = full.points
     assert (few.n_per_class, few.n_samples, len(few.draws)) == (2, 4, 3)
     assert whole.draws == (document["metrics"]["test"]["top1"]["value"],)
-    assert whole.n_samples == ridge.points[-1].n_samples
+    # What is told of a point trained it, and all of that: nobody of so few chooses an epoch.
+    assert [run.n_fit for run in trained] == [whole.n_samples, 4, 4, 4]
+    assert [run.best_epoch for run in trained[1:]] == [2, 2, 2]
+    assert whole.n_samples < ridge.points[-1].n_samples
     assert full.n_fits == 3
-    assert full.seconds > 0
+    assert full.seconds == pytest.approx(sum(run.seconds["total"] for run in trained[1:]))
     # Told of are the epochs of the run, which is the only one that is kept.
     assert [entry["epoch"] for entry in epochs] == [0, 1, 2]
     assert sorted(path.name for path in Path("runs").iterdir()) == sorted(
@@ -311,12 +332,97 @@ def test_a_fitted_head_against_a_fresh_one(photos):
         contest(policies=("ful:fresh",))
 
 
-def test_the_budget_has_a_part_for_fewer_samples():
-    policies = {"policies": ("head", "full"), "budget_seconds": 60.0}
+def test_the_budget_has_a_part_for_fewer_samples(photos, trained):
+    timed = contest(
+        backbones=(SMALL,), heads=(), policies=("head", "full"), budget_seconds=60.0, sizes=True
+    )
 
-    assert contest(**policies, sizes=True).training_seconds == 20
-    assert contest(**policies).training_seconds == 30
-    assert contest(policies=("head", "last:1"), sizes=True).training_seconds is None
+    (full,) = hold(photos, timed).sizes
+
+    assert full.how.startswith("each of at most 2 epochs or a share of the budget at learning rate")
+    budgets = [run.settings.budget_seconds for run in trained]
+    assert budgets[:2] == [20, 20]
+    assert sum(budgets) == pytest.approx(60)
+    assert contest(policies=("head", "last:1"), sizes=True).training_seconds(0) is None
+
+
+def test_without_a_test_split_no_part_of_the_budget_waits_for_a_curve(photos, trained):
+    rows = [
+        f"{path},{path.parent.name},{'val' if i % 3 == 0 else 'train'}"
+        for i, path in enumerate(sorted(photos.rglob("*.png")))
+    ]
+    Path("no_test.csv").write_text("path,label,split\n" + "\n".join(rows))
+    timed = contest(
+        backbones=(SMALL,), heads=(), policies=("head", "full"), budget_seconds=60.0, sizes=True
+    )
+
+    outcome = hold("no_test.csv", timed)
+
+    assert [run.settings.budget_seconds for run in trained] == [30, 30]
+    assert outcome.sizes == []
+
+
+def test_a_training_with_fewer_samples_that_fails_is_named_and_has_no_curve(photos, monkeypatch):
+    def fails_with_few(source, *args, **options):
+        if len(source.samples) < 48:
+            raise TlpipeError("no room\nmore")
+        return finetune(source, *args, **options)
+
+    monkeypatch.setattr(contests, "finetune", fails_with_few)
+    told = []
+
+    outcome = hold(
+        photos, contest(backbones=(SMALL,), policies=("full",), sizes=True), on_note=told.append
+    )
+
+    few = [f"full with 2 a class, draw {draw} ({SMALL})" for draw in (1, 2, 3)]
+    assert list(outcome.failures) == few
+    assert f"{few[0]} failed: no room" in told
+    assert [curve.name for curve in outcome.sizes] == [f"ridge ({SMALL})"]
+
+
+def test_without_a_fitted_head_a_fresh_one_is_said_to_be_the_same(photos):
+    told = []
+
+    small = contest(backbones=(SMALL,), heads=(), policies=("full", "full:fresh"))
+    hold(photos, small, on_note=told.append)
+
+    assert (
+        f"No run of a head suits {SMALL}, so full started from a fresh head and is the same "
+        "training as full:fresh." in told
+    )
+
+
+def test_what_another_release_wrote_down_is_done_anew(photos):
+    told = []
+    mine = contest(
+        backbones=("pixels",), weights="default", heads=("ridge", "prototype"), policies=("bitfit",)
+    )
+    hold(photos, mine)  # bitfit fails, so that the record stays
+    (record,) = Path("runs").glob(".compare-*.json")
+    document = json.loads(record.read_text())
+    del document["parts"]["frozen (pixels)"]["curves"]
+    record.write_text(json.dumps(document))
+
+    outcome = hold(photos, mine, on_note=told.append)
+
+    assert not [note for note in told if note.startswith("Taken up: frozen")]
+    assert len(outcome.paths) == 2
+
+
+def test_groups_have_curves_too(photos):
+    rows = [f"{path},{i % 2},{i // 4}" for i, path in enumerate(sorted(photos.rglob("*.png")))]
+    Path("grouped.csv").write_text("path,label,scene\n" + "\n".join(rows))
+    grouped = contest(
+        backbones=(SMALL,), policies=("full",), sizes=True, label="label", groups="scene"
+    )
+
+    outcome = hold("grouped.csv", grouped)
+
+    assert outcome.failures == {}
+    ridge, full = outcome.sizes
+    assert [point.n_per_class for point in ridge.points][:2] == [1, 2]
+    assert full.points[0].n_per_class == 2
 
 
 @pytest.mark.parametrize("curve", ["frozen", "full"])
@@ -329,8 +435,10 @@ def test_curves_that_were_stopped_are_taken_up(photos, monkeypatch, curve):
         return bool(asked) if curve == "frozen" else sum("samples: " in n for n in told) == 1
 
     mine = contest(backbones=(SMALL,), policies=("full",), sizes=True)
-    with pytest.raises(StoppedError, match="Stopped"):
+    part = "frozen, with fewer samples" if curve == "frozen" else "full with 2 a class, draw 2"
+    with pytest.raises(StoppedError) as stopped:
         hold(photos, mine, on_note=told.append, should_stop=stop)
+    assert str(stopped.value) == f"Stopped at {part} ({SMALL}); the parts that were done are kept."
     n_before = len(told)
     outcome = hold(photos, mine, on_note=told.append)
 

@@ -8,11 +8,13 @@ import pytest
 from plotly.graph_objects import Figure
 
 from pipeline.errors import MismatchError, StoreError, UsageError
+from pipeline.finetune.by_size import Curve
 from pipeline.heads.paired import mcnemar
-from pipeline.report.compare import _points, compare_page, compare_table
+from pipeline.report.compare import _points, _sizes, compare_page, compare_table, size_words
 from pipeline.runs.comparison import Comparison, Contender, compare_runs
 from pipeline.runs.folder import RUN_FORMAT, read_run, write_json
 from pipeline.sweep.fit import fit_head
+from pipeline.sweep.sizes import SizePoint
 from pipeline.sweep.sweep import Plan, sweep
 from tests.heads.toy_stores import blobs, cycle, make_store, splits_of
 
@@ -336,7 +338,24 @@ def test_page_and_table_show_every_line():
     assert {len(row) for row in rows} == {len(columns)}
     assert "<img" not in html.replace("&lt;img", "").split("<body>")[1].split("<script")[0]
     assert "a note" in html
-    assert "x has no run: y" in html
+    assert "x failed: y" in html
+
+
+def test_points_of_one_draw_have_no_error_bar_and_say_so():
+    points = (SizePoint(2, 6, (0.7, 0.8, 0.9)), SizePoint(96, 288, (0.95,)))
+    curve = Curve("full", "each of 2 epochs", points, 3, 4.0).to_dict()
+    figure = Figure()
+
+    _sizes(figure, [curve])
+
+    assert size_words(curve) == (
+        "full, accuracy by training samples a class (mean ± 95 % over draws of samples): "
+        "2: 0.800 ± 0.248, 96: 0.950 (1 draw). Beside the table: 3 fits in 4.0 s, each of 2 epochs."
+    )
+    above, below = figure.data[0].error_y.array, figure.data[0].error_y.arrayminus
+    # High ends at 1: that side is shorter.
+    assert (above[0], below[0]) == (pytest.approx(0.2), pytest.approx(0.248, abs=1e-3))
+    assert (above[1], below[1]) == (None, None)
 
 
 def test_gpu_time_is_a_column_where_a_gpu_took_part():
