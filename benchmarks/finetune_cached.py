@@ -82,7 +82,7 @@ def main(
                 epochs_of[cached] += clock.epochs()
                 runs[cached] = run
                 if cached:
-                    embedding.append(run.seconds["load"])
+                    embedding.append(run.seconds["load"] + run.seconds["embed"])
     rows = []
     for cached, run in runs.items():
         rows.append(
