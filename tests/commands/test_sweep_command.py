@@ -124,7 +124,11 @@ def test_ctrl_c_keeps_what_was_tried_and_says_how_to_go_on(store):
         sys.executable, Path(__file__).parents[2] / "cli.py", "sweep", store.path,
         "--head", "ridge,mlp", "--param", "mlp.epochs=100000", "--param", "mlp.hidden=512",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True,
+        # A shell's background job ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     runs = Path("runs/toys")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
