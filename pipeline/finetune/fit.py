@@ -455,9 +455,9 @@ def _find_lr(work: _Work, checkpoint: Checkpoint, watcher: Watcher) -> float:
     hooks = Hooks(should_stop=watcher.should_stop)
     head = work.network.head
     start = snapshot(head, head.state_dict())
-    # At a head that was fitted, whatever moves looks harmful in so few steps, and the smallest rate
-    # wins that learns least in the end (digits: 0.91 with 1e-4, 0.95 with 3e-4). The rate is found
-    # with a fresh one, and suits both.
+    # From a fitted head so few steps mostly lose, and the smallest rate, which moves least, may
+    # win though it learns least in the end (digits: 0.91 with 1e-4, 0.95 with 3e-4). So the rate is
+    # found with a fresh one.
     restore(head, fresh_like(head, settings.seed).state_dict())
     n_steps = settings.epochs * work.train.n_steps
     make = partial(quick.trainer, hooks=hooks)

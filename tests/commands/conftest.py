@@ -1,4 +1,9 @@
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -15,5 +20,27 @@ def tlpipe(capsys, monkeypatch):
             main()
         out, err = capsys.readouterr()
         return caught.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def interrupted():
+    """Run a command line in a folder until a file appears, then press Ctrl-C: as ``tlpipe``."""
+    root = Path(__file__).parents[2]
+
+    def run(words, folder, pattern):
+        process = subprocess.Popen(
+            [sys.executable, str(root / "cli.py"), *words],
+            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(root)},
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not list(folder.glob(pattern)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
 
     return run

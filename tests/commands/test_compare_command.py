@@ -2,10 +2,7 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -455,7 +452,7 @@ def test_curves_that_were_stopped_are_taken_up(photos, monkeypatch, curve):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to another process")
-def test_control_c_says_how_to_go_on(photos, tmp_path):
+def test_control_c_says_how_to_go_on(photos, tmp_path, interrupted):
     words = [
         "compare",
         "photos",
@@ -467,19 +464,9 @@ def test_control_c_says_how_to_go_on(photos, tmp_path):
         "--epochs",
         "4000",
     ]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "cli.py"), *words],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("runs/photos/.finetune-*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    code, out, err = interrupted(words, tmp_path, "runs/photos/.finetune-*")
 
-    assert process.returncode == 130
+    assert code == 130
     assert out == ""
     assert "Go on with:" in err
     assert err.splitlines()[-1].strip().startswith("tlpipe compare photos")

@@ -1,11 +1,7 @@
 """``tlpipe finetune`` from the outside."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -129,21 +125,11 @@ def test_a_card_from_a_stranger_is_data(tlpipe, photos):
         assert said in err
 
 
-def test_control_c_keeps_everything_and_says_how_to_go_on(photos, tmp_path):
+def test_control_c_keeps_everything_and_says_how_to_go_on(photos, tmp_path, interrupted):
     words = ["finetune", "photos", *QUICK, "--epochs", "400", "--patience", "0"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "cli.py"), *words],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("runs/photos/.finetune-*/metrics.jsonl")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    code, out, err = interrupted(words, tmp_path, "runs/photos/.finetune-*/metrics.jsonl")
 
-    assert process.returncode == 130
+    assert code == 130
     assert out == ""
     assert "all of it is kept" in err
     assert "tlpipe finetune photos" in err.splitlines()[-1]
